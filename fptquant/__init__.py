@@ -1,0 +1,1 @@
+"""Function-preserving transforms for quantized language models."""

@@ -1,0 +1,1 @@
+"""Grids, granularities, range setting, the quantizer module and where quantizers sit."""
