@@ -1,0 +1,116 @@
+"""Settings that are each possible but contradict one another; nothing is ignored silently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fptquant.config.schema import CACHE_SITES, SITE_SETS, Config, QuantizationConfig
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Two or more settings that cannot hold together; the first path is where the message is shown."""
+
+    paths: tuple[str, ...]
+    message: str
+
+
+def find_contradictions(config: Config) -> list[Contradiction]:
+    """All contradictions of a config whose fields are valid one by one."""
+    return [
+        *_norms_and_residual(config),
+        *_optimization(config),
+        *_weights(config.quantization),
+        *_granularities(config.quantization),
+        *_sites(config.quantization),
+        *_tokens(config),
+    ]
+
+
+def _norms_and_residual(config: Config) -> Iterator[Contradiction]:
+    if config.norm_gains == "fused":
+        return
+    for name in ("residual_rotation", "residual_scaling"):
+        if getattr(config.transforms, name) is not None:
+            path = f"transforms.{name}"
+            yield Contradiction(
+                ("norm_gains", path),
+                f"kept is not possible with {path}, which needs norms without gains; set norm_gains=fused",
+            )
+
+
+def _optimization(config: Config) -> Iterator[Contradiction]:
+    local, transforms = config.local, config.transforms
+    if local.method == "closed_form" and local.p != 4 and transforms.query_key_rotation is not None:
+        yield Contradiction(
+            ("local.p", "local.method", "transforms.query_key_rotation"),
+            f"the closed form of query_key_rotation minimizes the norm of p = 4, not p = {local.p:g}; "
+            "set local.p=4 or local.method=adamw",
+        )
+    rotation = transforms.residual_rotation
+    if rotation is not None and rotation.learn and local.method == "none":
+        yield Contradiction(
+            ("transforms.residual_rotation.learn", "local.method"),
+            "true contradicts local.method = none (nothing is optimized); set one of the two otherwise",
+        )
+
+
+def _weights(quantization: QuantizationConfig) -> Iterator[Contradiction]:
+    weight = quantization.weight
+    if weight.granularity == "per_group" and weight.group_size is None:
+        yield Contradiction(
+            ("quantization.weight.group_size", "quantization.weight.granularity"),
+            "per_group needs a group size; set quantization.weight.group_size=64, for example",
+        )
+    if weight.granularity != "per_group" and weight.group_size is not None:
+        yield Contradiction(
+            ("quantization.weight.group_size", "quantization.weight.granularity"),
+            f"{weight.group_size} has no meaning with granularity = {weight.granularity}; "
+            "set quantization.weight.granularity=per_group or remove group_size",
+        )
+
+
+def _granularities(quantization: QuantizationConfig) -> Iterator[Contradiction]:
+    for part, static in (("activation", "per_tensor"), ("kv_cache", "per_head")):
+        settings = getattr(quantization, part)
+        paths = (f"quantization.{part}.granularity", f"quantization.{part}.dynamic")
+        if settings.dynamic and settings.granularity != "per_token":
+            yield Contradiction(
+                paths,
+                f"{settings.granularity} contradicts dynamic = true, which is per token; set one otherwise",
+            )
+        if not settings.dynamic and settings.granularity == "per_token":
+            yield Contradiction(
+                paths,
+                f"per_token contradicts dynamic = false (a fixed range has no tokens); set {static} or dynamic=true",
+            )
+
+
+def _sites(quantization: QuantizationConfig) -> Iterator[Contradiction]:
+    members = SITE_SETS[quantization.sites]
+    for site, override in quantization.overrides.items():
+        path = f"quantization.overrides.{site}"
+        if site not in members:
+            fitting = next(name for name, points in SITE_SETS.items() if site in points)
+            yield Contradiction(
+                (path, "quantization.sites"),
+                f"{site} is not quantized by sites = {quantization.sites}; choose sites={fitting} or remove it",
+            )
+        part = "kv_cache" if site in CACHE_SITES else "activation"
+        if override.bits is None and getattr(quantization, part).bits == 16:
+            yield Contradiction(
+                (path, f"quantization.{part}.bits"),
+                f"has no effect: {site} is in full precision; set {path}.bits or quantization.{part}.bits",
+            )
+
+
+def _tokens(config: Config) -> Iterator[Contradiction]:
+    kept = config.quantization.full_precision_tokens
+    for part in ("calibration", "evaluation"):
+        window = getattr(config, part).window
+        if kept >= window:
+            yield Contradiction(
+                ("quantization.full_precision_tokens", f"{part}.window"),
+                f"{kept} tokens in full precision leave nothing to quantize in {part}.window = {window} tokens",
+            )

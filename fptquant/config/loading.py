@@ -1,0 +1,298 @@
+"""Configs from YAML files with ``key=value`` overrides; all mistakes are reported at once, with their paths."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fptquant.config.contradictions import find_contradictions
+from fptquant.config.labels import expand_label
+from fptquant.config.schema import Config, DemoConfig
+from fptquant.errors import UserError
+
+Problem = tuple[str, str]
+"""YAML path and message."""
+
+_Schema = TypeVar("_Schema", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a repeated key is an error and 1e-3 is a number (YAML 1.1: the last key, and a string)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def config_folders() -> list[Path]:
+    """Folders that may hold the shipped configs: beside the modules when installed, at the top of a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return [folder for folder in (package / "configs", package.parent / "configs") if (folder / "methods").is_dir()]
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Every shipped config by its short name (a method's name is its file name without ``.yaml``)."""
+    found: dict[str, Path] = {}
+    for folder in config_folders():
+        for path in sorted(folder.glob("methods/*.yaml")) + sorted(folder.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def find_config(path_or_name: str | Path) -> Path:
+    """The file that a path or a short name means.
+
+    A path that exists wins; ``configs/methods/rtn.yaml`` is also found, from any folder, in the shipped copy, and
+    ``rtn`` is enough for that.
+
+    Raises:
+        UserError: if there is no such file; names what is nearest.
+    """
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    if path.is_dir() and (path / "config.yaml").is_file():
+        return path / "config.yaml"
+    parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
+    for folder in config_folders():
+        if not path.is_absolute() and parts and (folder / Path(*parts)).is_file():
+            return folder / Path(*parts)
+    shipped = shipped_configs()
+    if str(path_or_name) in shipped:
+        return shipped[str(path_or_name)]
+    near = difflib.get_close_matches(path.stem, shipped, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"there is no config {str(path_or_name)!r}{hint} Give a YAML file, or one of: {', '.join(shipped)}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: if the file cannot be read, is not YAML, or is not a mapping.
+    """
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold keys and values (name: ..., model: ...), not {type(data).__name__}")
+    return data
+
+
+def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of ``data`` in which every ``a.b=value`` is set; values are parsed as YAML.
+
+    ``quantization=LABEL`` replaces what a label decides (bits, static or dynamic, groups) and leaves the method's own
+    choices (how ranges are set, sites, kept tokens) as they are.
+
+    Raises:
+        UserError: names every override that is not of the form ``key=value`` or whose value is not YAML.
+
+    >>> apply_overrides({"seed": 0}, ["seed=3", "local.lr=1e-3"])
+    {'seed': 3, 'local': {'lr': 0.001}}
+    """
+    result: dict[str, Any] = _copy(data)
+    problems: list[Problem] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        keys = key.strip().split(".")
+        if not equals or not all(keys):
+            problems.append((override, "is not of the form key=value, for example quantization.weight.bits=3"))
+            continue
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            problems.append(
+                (override, f"the value {text!r} is not valid YAML; put text with special characters in quotes")
+            )
+            continue
+        try:
+            _set(result, keys, value)
+        except UserError as error:
+            problems.append((key, str(error)))
+    if problems:
+        raise _problems_error("the overrides", problems)
+    return result
+
+
+def _copy(data: Any) -> Any:
+    return {key: _copy(value) for key, value in data.items()} if isinstance(data, Mapping) else data
+
+
+_LABEL_KEYS = {
+    "weight": ("bits", "granularity", "group_size"),
+    "activation": ("bits", "dynamic", "granularity"),
+    "kv_cache": ("bits", "dynamic", "granularity"),
+}
+"""What a label decides in each part of ``quantization``."""
+
+
+def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
+    if keys in (["quantization"], ["quantization", "label"]) and isinstance(value, str):
+        expand_label(value)
+        existing = data.get("quantization")
+        parts = existing if isinstance(existing, dict) else {}
+        for part, decided in _LABEL_KEYS.items():
+            for key in decided if isinstance(parts.get(part), dict) else ():
+                parts[part].pop(key, None)
+        data["quantization"] = {**parts, "label": value}
+        return
+    if keys[0] == "quantization" and isinstance(data.get("quantization"), str):
+        data["quantization"] = {"label": data["quantization"]}
+    for index, key in enumerate(keys[:-1]):
+        below = data.setdefault(key, {})
+        if below is None or isinstance(below, bool):
+            below = data[key] = {}
+        if not isinstance(below, dict):
+            raise UserError(f"{'.'.join(keys[: index + 1])} is {below!r} and has no keys below it")
+        data = below
+    data[keys[-1]] = value
+
+
+def load_config(path_or_name: str | Path, *overrides: str) -> Config:
+    """A method's config from a YAML file or a shipped method's short name, with ``key=value`` overrides.
+
+    Raises:
+        UserError: lists every unknown key (with the nearest valid one), wrong type, impossible value and contradiction,
+            each with its path in the file.
+
+    >>> load_config("rtn", "quantization=w4a8kv8-static").quantization.label
+    'w4a8kv8-static'
+    """
+    path = find_config(path_or_name)
+    return parse_config(apply_overrides(read_yaml(path), overrides), source=str(path_or_name))
+
+
+def load_demo_config(path_or_name: str | Path, *overrides: str) -> DemoConfig:
+    """The config of a table of several methods and settings; errors as in `load_config`."""
+    path = find_config(path_or_name)
+    data = apply_overrides(read_yaml(path), overrides)
+    config, problems = _validate(DemoConfig, data)
+    if config is None:
+        raise _problems_error(str(path_or_name), problems)
+    return config
+
+
+def parse_config(data: Mapping[str, Any], *, source: str = "the config") -> Config:
+    """A config from a mapping with the keys of the YAML file; ``source`` names it in errors.
+
+    Raises:
+        UserError: as in `load_config`.
+    """
+    config, problems = _validate(Config, data)
+    if config is not None:
+        problems = [(found.paths[0], found.message) for found in find_contradictions(config)]
+    else:
+        # Contradictions among the fields that are right are worth knowing in the same message: what is wrong is left
+        # out, and what is found about a path that was wrong is not reported twice.
+        wrong = [path for path, _ in problems]
+        rest, _ = _validate(Config, {"name": "x", **_without(data, wrong)})
+        for found in find_contradictions(rest) if rest is not None else ():
+            if not any(path == bad or path.startswith(f"{bad}.") for path in found.paths for bad in wrong):
+                problems.append((found.paths[0], found.message))
+    if problems:
+        raise _problems_error(source, problems)
+    assert config is not None
+    return config
+
+
+def _without(data: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    result: dict[str, Any] = _copy(data)
+    for path in paths:
+        inner: Any = result
+        *above, last = path.split(".")
+        for key in above:
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        if isinstance(inner, dict):
+            inner.pop(last, None)
+    return result
+
+
+def _validate(schema: type[_Schema], data: Mapping[str, Any]) -> tuple[_Schema | None, list[Problem]]:
+    try:
+        return schema.model_validate(dict(data)), []
+    except ValidationError as error:
+        return None, [_problem(schema, dict(detail)) for detail in error.errors(include_url=False)]
+
+
+def _problem(schema: type[BaseModel], detail: dict[str, Any]) -> Problem:
+    """One line for one of pydantic's errors."""
+    location = [part for part in detail["loc"] if part != "[key]"]
+    path = ".".join(str(part) for part in location)
+    kind, value = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        return path, "unknown key" + _nearest(str(location[-1]), _valid_keys(schema, location[:-1]))
+    if kind == "missing":
+        return path, "is required"
+    if kind == "literal_error":
+        expected = detail["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        return path, f"{value!r} is not possible" + _nearest(str(value), expected)
+    if kind == "value_error":
+        return path, str(detail["ctx"]["error"])
+    if kind == "string_pattern_mismatch":
+        return path, f"{value!r} does not have the form {detail['ctx']['pattern']}"
+    message = (
+        detail["msg"].removeprefix("Input should be ").replace("a valid dictionary or instance of ", "a mapping: ")
+    )
+    return path, f"must be {message}, not {value!r}"
+
+
+def _valid_keys(schema: type[BaseModel], location: Iterable[Any]) -> list[str]:
+    """The keys of the model at a location, found by walking the annotations."""
+    current: type[BaseModel] = schema
+    for key in location:
+        field = current.model_fields.get(str(key))
+        if field is not None:
+            models = [
+                kind for kind in _flatten(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)
+            ]
+            current = models[0] if models else current
+    return list(current.model_fields)
+
+
+def _flatten(annotation: Any) -> Iterable[Any]:
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _flatten(inner)
+
+
+def _nearest(word: str, valid: list[str]) -> str:
+    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{hint} (valid: {', '.join(valid)})" if valid else f"{hint} (no keys are valid here)"
+
+
+def _problems_error(source: str, problems: list[Problem]) -> UserError:
+    count = "one mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+    lines = [f"  {path}: {message}" for path, message in problems]
+    return UserError("\n".join([f"{source} has {count}:", *lines]))
+
+
+def dump_config(config: BaseModel) -> str:
+    """The config as YAML, every default written out; ``load_config`` of it gives an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def describe_config(path: Path) -> str:
+    """The comment at the head of a config, which says what it is in one line."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""

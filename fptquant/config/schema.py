@@ -1,0 +1,305 @@
+"""The schema of a method's YAML file: frozen models that refuse unknown keys.
+
+Field names are the YAML keys. Single fields are checked here; settings that contradict each other are found by
+`fptquant.config.contradictions`, so that `fptquant.config.loading` can report everything at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from fptquant.config.labels import expand_label, setting_label
+
+SitePoint = Literal[
+    "embedding_out", "attn_in", "q_out", "k_out", "v_out", "q", "k_cache", "v_cache", "softmax_out", "o_in", "o_out",
+    "residual_attn", "mlp_in", "gate_out", "up_out", "silu_out", "down_in", "down_out", "residual_mlp",
+    "final_norm_out",
+]  # fmt: skip
+"""Every place in a model where a quantizer can sit."""
+
+SiteSet = Literal["linears_kv", "linears_kv_bmm", "all_except_residual", "all"]
+"""Named sets of sites, each a superset of the one before."""
+
+_LINEARS_KV: frozenset[SitePoint] = frozenset({"attn_in", "o_in", "mlp_in", "down_in", "k_cache", "v_cache"})
+_LINEARS_KV_BMM: frozenset[SitePoint] = _LINEARS_KV | {"q", "softmax_out"}
+_ALL_EXCEPT_RESIDUAL: frozenset[SitePoint] = _LINEARS_KV_BMM | {
+    "q_out", "k_out", "v_out", "o_out", "gate_out", "up_out", "silu_out", "down_out", "final_norm_out",
+}  # fmt: skip
+SITE_SETS: dict[SiteSet, frozenset[SitePoint]] = {
+    "linears_kv": _LINEARS_KV,
+    "linears_kv_bmm": _LINEARS_KV_BMM,
+    "all_except_residual": _ALL_EXCEPT_RESIDUAL,
+    "all": _ALL_EXCEPT_RESIDUAL | {"residual_attn", "residual_mlp", "embedding_out"},
+}
+"""The site points of each set."""
+
+CACHE_SITES: frozenset[SitePoint] = frozenset({"k_cache", "v_cache"})
+"""Sites that follow ``quantization.kv_cache``; all others follow ``quantization.activation``."""
+
+
+def _check_bits(bits: int) -> int:
+    if bits != 16 and not 2 <= bits <= 8:
+        raise ValueError(f"{bits} bits are not possible; choose 2 to 8, or 16 (left in full precision)")
+    return bits
+
+
+Bits = Annotated[int, AfterValidator(_check_bits)]
+"""Bits of a grid: 2 to 8, or 16 for no quantizer."""
+
+Start = Literal["identity", "hadamard", "random_hadamard", "random_orthogonal"]
+"""Matrices from which a rotation or mixing starts; a random one is drawn from ``seed``."""
+
+
+class StrictModel(BaseModel):
+    """Base of every part of a config: frozen, without unknown keys, without silent conversion between types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class RangeConfig(StrictModel):
+    """How a static quantizer finds its range; fields as in `fptquant.quantizers.ranges.RangeMethod`."""
+
+    method: Literal["min_max", "percentile", "mse", "lp"] = "min_max"
+    p: float = Field(default=2.4, ge=2, le=4, description="exponent of sum |x - fake_quant(x)|^p (lp)")
+    percentile: float = Field(default=99.99, gt=50, le=100, description="share of values inside the range (percentile)")
+    candidates: int = Field(default=80, ge=2, le=1000, description="clipping ratios that are tried (mse, lp)")
+    lowest_ratio: float = Field(default=0.3, gt=0, lt=1, description="smallest clipping ratio that is tried (mse, lp)")
+
+
+class WeightConfig(StrictModel):
+    """Quantizer of every linear's weight."""
+
+    bits: Bits = 16
+    symmetric: bool = True
+    granularity: Literal["per_channel", "per_group", "per_tensor"] = "per_channel"
+    group_size: int | None = Field(default=None, ge=1)
+    range: RangeConfig = RangeConfig()
+
+
+def _fill_granularity(data: Any, static: str) -> Any:
+    """A dynamic quantizer works per token, a static one as ``static`` says, unless the file says otherwise."""
+    if isinstance(data, dict) and "granularity" not in data:
+        return {**data, "granularity": "per_token" if data.get("dynamic") is True else static}
+    return data
+
+
+class ActivationConfig(StrictModel):
+    """Quantizer of the activations: static per tensor, or dynamic per token."""
+
+    bits: Bits = 16
+    symmetric: bool = False
+    dynamic: bool = False
+    granularity: Literal["per_tensor", "per_token"] = "per_tensor"
+    range: RangeConfig = RangeConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_granularity(cls, data: Any) -> Any:
+        return _fill_granularity(data, "per_tensor")
+
+
+class KVCacheConfig(StrictModel):
+    """Quantizer of keys (after RoPE) and values: static per head, or dynamic per token and head."""
+
+    bits: Bits = 16
+    symmetric: bool = False
+    dynamic: bool = False
+    granularity: Literal["per_head", "per_tensor", "per_token"] = "per_head"
+    range: RangeConfig = RangeConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_granularity(cls, data: Any) -> Any:
+        return _fill_granularity(data, "per_head")
+
+
+class SiteOverride(StrictModel):
+    """What differs at one site; null means as everywhere else."""
+
+    bits: Bits | None = None
+    symmetric: bool | None = None
+    range: RangeConfig | None = None
+
+
+def _expand_quantization(data: Any) -> Any:
+    """A label, or a mapping with a label in it, becomes the mapping it stands for; explicit keys win over the label."""
+    if isinstance(data, str):
+        return expand_label(data)
+    if not isinstance(data, dict) or "label" not in data:
+        return data
+    label = data["label"]
+    if not isinstance(label, str):
+        raise ValueError("label is a string such as w4a8kv8-static")
+    merged: dict[str, Any] = {key: value for key, value in data.items() if key != "label"}
+    for part, settings in expand_label(label).items():
+        given = merged.get(part, {})
+        merged[part] = {**settings, **given} if isinstance(given, dict) else given
+    return merged
+
+
+class QuantizationConfig(StrictModel):
+    """What is quantized, where and how."""
+
+    weight: WeightConfig = WeightConfig()
+    activation: ActivationConfig = ActivationConfig()
+    kv_cache: KVCacheConfig = KVCacheConfig()
+    sites: SiteSet = "linears_kv"
+    full_precision_tokens: int = Field(default=0, ge=0, description="first tokens of a text kept in full precision")
+    overrides: dict[SitePoint, SiteOverride] = {}
+
+    @property
+    def label(self) -> str:
+        """The short name of this setting, for example ``w4a8kv8-static``."""
+        weight, activation, cache = self.weight, self.activation, self.kv_cache
+        return setting_label(
+            weight.bits,
+            activation.bits,
+            cache.bits,
+            activation_dynamic=activation.dynamic,
+            cache_dynamic=cache.dynamic,
+            group_size=weight.group_size,
+        )
+
+    @property
+    def setting(self) -> str:
+        """The label and everything else that a table of results must mention."""
+        notes = [self.label]
+        if self.sites != "linears_kv" and (self.activation.bits < 16 or self.kv_cache.bits < 16):
+            notes.append(f"sites {self.sites}")
+        if self.full_precision_tokens:
+            plural = "" if self.full_precision_tokens == 1 else "s"
+            notes.append(f"first {self.full_precision_tokens} token{plural} in full precision")
+        for site, override in self.overrides.items():
+            if override.bits is not None:
+                notes.append(f"{site} at {override.bits} bits")
+        return ", ".join(notes)
+
+
+def _switch(data: Any) -> Any:
+    """``true`` means with the defaults, ``false`` means not used, so that one override switches a transform."""
+    if data is True:
+        return {}
+    return None if data is False else data
+
+
+class QueryKeyRotationConfig(StrictModel):
+    """T_k: rotation and scale of every RoPE pair of keys, undone in the queries."""
+
+
+class ValueMixingConfig(StrictModel):
+    """T_v: a matrix per key/value head on the values, undone in the output projection."""
+
+    start: Start = "hadamard"
+    constraint: Literal["none", "orthogonal"] = "none"
+
+
+class UpScalingConfig(StrictModel):
+    """T_u: a scale per channel of the up projection, undone in the down projection."""
+
+
+class ResidualRotationConfig(StrictModel):
+    """T_r: an orthogonal matrix on the residual."""
+
+    start: Start = "random_hadamard"
+    learn: bool = False
+    steps: int = Field(default=100, ge=1)
+    lr: float = Field(default=0.01, gt=0)
+
+
+class DownHadamardConfig(StrictModel):
+    """T_d: an online block Hadamard transform on the input of the down projection."""
+
+    block_size: int | None = Field(default=None, ge=1, description="null: the whole intermediate size")
+
+
+class ResidualScalingConfig(StrictModel):
+    """S_n: the residual is kept normalized and its running scale carried along."""
+
+    where: Literal["input", "output"] = "input"
+
+
+class TransformsConfig(StrictModel):
+    """Which function-preserving transforms are used; absent or null means not used."""
+
+    query_key_rotation: Annotated[QueryKeyRotationConfig | None, BeforeValidator(_switch)] = None
+    value_mixing: Annotated[ValueMixingConfig | None, BeforeValidator(_switch)] = None
+    up_scaling: Annotated[UpScalingConfig | None, BeforeValidator(_switch)] = None
+    residual_rotation: Annotated[ResidualRotationConfig | None, BeforeValidator(_switch)] = None
+    down_hadamard: Annotated[DownHadamardConfig | None, BeforeValidator(_switch)] = None
+    residual_scaling: Annotated[ResidualScalingConfig | None, BeforeValidator(_switch)] = None
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """Names of the transforms in use, in the order of the paper."""
+        return tuple(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+
+class LocalConfig(StrictModel):
+    """Local optimization: the L_p norm of the merged weights over T_k, T_v and T_u, without data."""
+
+    method: Literal["closed_form", "adamw", "none"] = "closed_form"
+    p: float = Field(default=4.0, ge=2, le=8)
+    steps: int = Field(default=200, ge=1, description="AdamW steps per block for T_k and T_u")
+    lr: float = Field(default=0.01, gt=0)
+    value_steps: int = Field(default=100, ge=0, description="steps for T_v, which has no closed form")
+
+
+class CalibrationConfig(StrictModel):
+    """Text from which static activation ranges are set."""
+
+    text: str = Field(default="topics", min_length=1)
+    windows: int = Field(default=16, ge=1)
+    window: int = Field(default=512, ge=2)
+
+
+class EvaluationConfig(StrictModel):
+    """Text on which perplexity and agreement are measured."""
+
+    text: str = Field(default="auto", min_length=1)
+    windows: int = Field(default=8, ge=1)
+    window: int = Field(default=1024, ge=2)
+
+
+DType = Literal["float32", "float64", "bfloat16", "float16"]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Config(StrictModel):
+    """One method on one model: everything that decides the result of a run."""
+
+    name: Name
+    model: str = Field(default="smollm2-135m", min_length=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    dtype: DType = "float32"
+    device: Device = "auto"
+    norm_gains: Literal["fused", "kept"] = "fused"
+    transforms: TransformsConfig = TransformsConfig()
+    local: LocalConfig = LocalConfig()
+    quantization: Annotated[QuantizationConfig, BeforeValidator(_expand_quantization)] = QuantizationConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output: str = Field(default="runs/{name}", min_length=1, description="may contain {name} and {setting}")
+
+    @property
+    def output_folder(self) -> str:
+        """``output`` with its placeholders filled in."""
+        return self.output.replace("{name}", self.name).replace("{setting}", self.quantization.label)
+
+
+class DemoConfig(StrictModel):
+    """A table: several methods in several settings on one model."""
+
+    name: Name = "demo"
+    model: str = Field(default="smollm2-135m", min_length=1)
+    methods: list[str] = Field(min_length=1)
+    settings: list[str] = Field(min_length=1)
+    overrides: list[str] = []
+    output: str = Field(default="runs/{name}", min_length=1)
+
+    @property
+    def output_folder(self) -> str:
+        """``output`` with its placeholder filled in."""
+        return self.output.replace("{name}", self.name)
