@@ -1,0 +1,57 @@
+/*
+ * choose_qparams: the dynamic scale and zero point of every row, from its least and greatest finite value.
+ *
+ *   symmetric    scale = max |x| / qmax                          zero_point = 0
+ *   asymmetric   scale = (hi - lo) / (qmax - qmin)               zero_point = clamp(rint(qmin - lo / scale)), lo <= 0 <= hi
+ *
+ * Layout: x is [rows, columns]. NaN and infinities are left out of the range (fake_quant keeps NaN and clamps infinities).
+ * A row without any nonzero finite value gets scale 1, so that zeros stay zeros. A scale that would be denormal becomes the
+ * least normal number.
+ */
+#ifndef STORAGE
+#define FPTQ_FILE "choose_qparams.c"
+#include <float.h>
+
+#include "../ops/units.h"
+#include "for_each_dtype.h"
+#else
+
+void KERNEL(choose_qparams)(int64_t begin, int64_t end, const void *context)
+{
+    const struct fptq_choose_qparams *args = context;
+    const COMPUTE qmin = (COMPUTE)args->grid.qmin, qmax = (COMPUTE)args->grid.qmax;
+    const COMPUTE largest = sizeof(COMPUTE) == sizeof(double) ? (COMPUTE)DBL_MAX : (COMPUTE)FLT_MAX;
+    const COMPUTE smallest = sizeof(COMPUTE) == sizeof(double) ? (COMPUTE)DBL_MIN : (COMPUTE)FLT_MIN;
+    COMPUTE *scale = args->scale, *zero_point = args->zero_point;
+
+    for (int64_t r = begin; r < end; r++) {
+        const STORAGE *restrict x_row = (const STORAGE *)args->x + r * args->columns; /* x[r, :] */
+        COMPUTE los[FPTQ_LANES] = {0}, his[FPTQ_LANES] = {0}; /* 0 always belongs to the range */
+        int64_t c = 0;
+        for (; c + FPTQ_LANES <= args->columns; c += FPTQ_LANES) {
+            for (int l = 0; l < FPTQ_LANES; l++) {
+                const COMPUTE x = LOAD(x_row[c + l]), finite = FABS(x) <= largest ? x : 0;
+                los[l] = finite < los[l] ? finite : los[l];
+                his[l] = finite > his[l] ? finite : his[l];
+            }
+        }
+        COMPUTE lo = 0, hi = 0;
+        for (; c < args->columns; c++) {
+            const COMPUTE x = LOAD(x_row[c]), finite = FABS(x) <= largest ? x : 0;
+            lo = finite < lo ? finite : lo;
+            hi = finite > hi ? finite : hi;
+        }
+        for (int l = 0; l < FPTQ_LANES; l++) {
+            lo = los[l] < lo ? los[l] : lo;
+            hi = his[l] > hi ? his[l] : hi;
+        }
+        COMPUTE scale_r = args->symmetric ? (hi > -lo ? hi : -lo) / qmax : hi / (qmax - qmin) - lo / (qmax - qmin);
+        scale_r = scale_r == 0 ? (hi == lo ? 1 : smallest) : scale_r < smallest ? smallest : scale_r;
+        COMPUTE zero_r = args->symmetric ? 0 : RINT(qmin - lo / scale_r);
+        zero_r = zero_r < qmin ? qmin : zero_r;
+        scale[r] = scale_r;
+        zero_point[r] = args->symmetric ? 0 : (zero_r > qmax ? qmax : zero_r);
+    }
+}
+
+#endif
