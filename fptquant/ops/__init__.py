@@ -1,0 +1,33 @@
+"""The operators: each a C kernel with a plain-torch fallback, differentiable where that makes sense."""
+
+from fptquant.ops.hadamard import hadamard, hadamard_matrix, hadamard_sizes
+from fptquant.ops.lp_norm import lp_norm_query_key, lp_norm_scale
+from fptquant.ops.merge_query_key import (
+    merge_query_key,
+    merge_query_key_fake_quant,
+    query_key_moments,
+    solve_query_key,
+)
+from fptquant.ops.merge_scale import merge_scale, merge_scale_fake_quant, scale_moments
+from fptquant.ops.merge_value import merge_value
+from fptquant.ops.pack_int4 import pack_int4, unpack_int4
+from fptquant.ops.residual_scale import residual_scale
+
+__all__ = [
+    "hadamard",
+    "hadamard_matrix",
+    "hadamard_sizes",
+    "lp_norm_query_key",
+    "lp_norm_scale",
+    "merge_query_key",
+    "merge_query_key_fake_quant",
+    "merge_scale",
+    "merge_scale_fake_quant",
+    "merge_value",
+    "pack_int4",
+    "query_key_moments",
+    "residual_scale",
+    "scale_moments",
+    "solve_query_key",
+    "unpack_int4",
+]

@@ -1,0 +1,206 @@
+"""T_k merged into query and key projections: RoPE pairs of rows rotated and scaled; plain or with fake_quant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fptquant.errors import UserError
+from fptquant.ops import _checks, _library, reference
+from fptquant.quantizers.grid import Granularity, IntegerGrid, PerChannel
+
+_library.define("merge_query_key(Tensor weight, Tensor angle, Tensor log_scale, int group, bool inverse) -> Tensor")
+_library.define(
+    "merge_query_key_backward(Tensor dy, Tensor weight, Tensor angle, Tensor log_scale, int group, bool inverse, "
+    "bool weight_gradient) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "merge_query_key_fake_quant(Tensor weight, Tensor angle, Tensor log_scale, Tensor scale, Tensor zero_point, "
+    "int group, bool inverse, int inner, int qmin, int qmax) -> Tensor"
+)
+_library.define(
+    "merge_query_key_fake_quant_backward(Tensor dy, Tensor weight, Tensor angle, Tensor log_scale, Tensor scale, "
+    "Tensor zero_point, int group, bool inverse, int inner, int qmin, int qmax, bool weight_gradient) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define("query_key_moments(Tensor weight, int head_dim) -> Tensor")
+_library.define("solve_query_key(Tensor key_moments, Tensor query_moments) -> (Tensor, Tensor)")
+
+for _name in (
+    "merge_query_key",
+    "merge_query_key_backward",
+    "merge_query_key_fake_quant",
+    "merge_query_key_fake_quant_backward",
+    "query_key_moments",
+    "solve_query_key",
+):
+    _library.fallback(_name, getattr(reference, _name))
+
+
+def _fake_backward(
+    dy: Tensor, weight: Tensor, angle: Tensor, log_scale: Tensor, group: int, inverse: bool, weight_gradient: bool
+) -> tuple[Tensor, ...]:
+    dweight = torch.empty_like(weight) if weight_gradient else weight.new_empty(0)
+    return dweight, torch.empty_like(angle), torch.empty_like(log_scale)
+
+
+def _fake_fused_backward(
+    dy: Tensor, weight: Tensor, angle: Tensor, log_scale: Tensor, scale: Tensor, zero_point: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    dweight = torch.empty_like(weight) if options[-1] else weight.new_empty(0)
+    return dweight, *(torch.empty_like(t) for t in (angle, log_scale, scale, zero_point))
+
+
+_library.fake("merge_query_key", lambda weight, *rest: torch.empty_like(weight))
+_library.fake("merge_query_key_backward", _fake_backward)
+_library.fake("merge_query_key_fake_quant", lambda weight, *rest: torch.empty_like(weight))
+_library.fake("merge_query_key_fake_quant_backward", _fake_fused_backward)
+_library.fake(
+    "query_key_moments",
+    lambda weight, head_dim: weight.new_empty((weight.shape[0] // head_dim, head_dim // 2, 5), dtype=torch.float64),
+)
+_library.fake("solve_query_key", lambda key, query: (key.new_empty(key.shape[:-1]), key.new_empty(key.shape[:-1])))
+
+_merge = _library.operator("merge_query_key")
+_merge_backward = _library.operator("merge_query_key_backward")
+_merge_fake_quant = _library.operator("merge_query_key_fake_quant")
+_merge_fake_quant_backward = _library.operator("merge_query_key_fake_quant_backward")
+_moments = _library.operator("query_key_moments")
+_solve = _library.operator("solve_query_key")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad[0]
+    dweight, dangle, dlog_scale = _merge_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options, wanted)
+    return (dweight if wanted else None), dangle, dlog_scale, None, None
+
+
+def _setup_fused_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+
+
+def _fused_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad[0]
+    dweight, *rest = _merge_fake_quant_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options, wanted)
+    return (dweight if wanted else None), *rest, None, None, None, None, None
+
+
+_library.autograd("merge_query_key", _setup_context, _backward)
+_library.autograd("merge_query_key_fake_quant", _setup_fused_context, _fused_backward)
+
+
+def merge_query_key(
+    weight: Tensor, angle: Tensor, log_scale: Tensor, *, group: int = 1, inverse: bool = False
+) -> Tensor:
+    """Rotates and scales the RoPE pairs of rows of a key projection (or, with ``inverse``, of a query projection).
+
+    Rows i and j = i + head_dim / 2 of head h, with a = angle[h // group, i]:
+    w'_i = s (cos a w_i - sin a w_j), w'_j = s (sin a w_i + cos a w_j), s = exp(log_scale[h // group, i]), or
+    exp(-log_scale) if ``inverse``. Keys with s and queries with 1/s leave every attention score as it was.
+
+    Shape:
+        weight: [kv_heads * group * head_dim, in], or a bias [kv_heads * group * head_dim].
+        angle, log_scale: [kv_heads, head_dim / 2], radians and natural logarithm.
+        returns: like weight.
+
+    Gradient: for weight, angle and log_scale (sums in float64).
+
+    Raises:
+        UserError: if the shapes do not fit; names them.
+
+    Source: FPTQuant, arXiv 2506.04985, T_k.
+
+    >>> merge_query_key(torch.eye(2), torch.tensor([[torch.pi / 2]]), torch.zeros(1, 1)).round().abs()
+    tensor([[0., 1.],
+            [1., 0.]])
+    """
+    _checks.heads_of("merge_query_key", weight, angle, log_scale, group)
+    angle, log_scale = (_library.parameter(t, weight) for t in (angle, log_scale))
+    result: Tensor = _merge(weight.contiguous(), angle, log_scale, group, inverse)
+    return result
+
+
+def merge_query_key_fake_quant(
+    weight: Tensor,
+    angle: Tensor,
+    log_scale: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    group: int = 1,
+    inverse: bool = False,
+    grid: IntegerGrid,
+    granularity: Granularity = PerChannel(),  # noqa: B008  a frozen value
+) -> Tensor:
+    """fake_quant(merge_query_key(weight)) without writing the merged weight.
+
+    The merged value is not rounded to the dtype of weight in between; otherwise equal to the two operators in turn.
+
+    Shape:
+        weight: [kv_heads * group * head_dim, in]; angle, log_scale: [kv_heads, head_dim / 2].
+        scale, zero_point: [rows] with PerChannel(0), [rows, 1] with PerToken, [rows, in / group_size] with PerGroup.
+        returns: like weight.
+
+    Gradient: for weight (straight-through), angle, log_scale, scale and zero_point (LSQ).
+
+    Raises:
+        UserError: if the shapes do not fit, or the granularity does not give one scale per row or group of a row.
+    """
+    _checks.heads_of("merge_query_key_fake_quant", weight, angle, log_scale, group)
+    inner = _checks.fused_inner("merge_query_key_fake_quant", weight, scale, zero_point, granularity)
+    angle, log_scale, scale, zero = (_library.parameter(t, weight) for t in (angle, log_scale, scale, zero_point))
+    result: Tensor = _merge_fake_quant(
+        weight.contiguous(), angle, log_scale, scale, zero, group, inverse, inner, grid.qmin, grid.qmax
+    )
+    return result
+
+
+def query_key_moments(weight: Tensor, *, head_dim: int) -> Tensor:
+    """Fourth-order moments of every RoPE pair of rows: all that the best T_k for p = 4 depends on.
+
+    out[h, i] = sums over the columns of a^4, a^3 b, a^2 b^2, a b^3, b^4; a = weight[h d + i], b = weight[h d + i + d/2]
+
+    Shape:
+        weight: [heads * head_dim, in]. Returns: [heads, head_dim / 2, 5] float64. No gradient.
+
+    Raises:
+        UserError: if head_dim is odd or does not divide the rows.
+    """
+    if weight.dim() != 2 or head_dim < 2 or head_dim % 2 or weight.shape[0] % head_dim:
+        raise UserError(
+            f"query_key_moments: weight {list(weight.shape)} cannot be cut into heads of head_dim = {head_dim} rows "
+            "(an even number)"
+        )
+    result: Tensor = _moments(weight.detach().contiguous(), head_dim)
+    return result
+
+
+def solve_query_key(key_moments: Tensor, query_moments: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotation and scale of every RoPE pair that minimize s^4 f_k(phi) + s^-4 f_q(phi), in closed form.
+
+    f(phi) = sum of the fourth powers of the pair after a rotation by phi = c0 + c1 cos 4 phi + c2 sin 4 phi. The best s
+    for a given phi has s^8 = f_q / f_k; what remains, log f_k + log f_q over [0, pi/2), is searched on a dense grid
+    and refined by halving. Pairs that are all zero on either side are left alone (0, 0).
+
+    Shape:
+        key_moments, query_moments: [kv_heads, head_dim / 2, 5] from ``query_key_moments`` (summed over each group).
+        returns: (angle, log_scale), each [kv_heads, head_dim / 2] float64. No gradient.
+
+    Raises:
+        UserError: if the shapes differ or do not end in 5.
+    """
+    if key_moments.shape != query_moments.shape or key_moments.dim() < 1 or key_moments.shape[-1] != 5:
+        raise UserError(
+            f"solve_query_key: key_moments {list(key_moments.shape)} and query_moments {list(query_moments.shape)} "
+            "must both be [kv_heads, head_dim / 2, 5]"
+        )
+    angle, log_scale = _solve(key_moments.double().contiguous(), query_moments.double().contiguous())
+    return angle, log_scale
