@@ -91,12 +91,13 @@ def _sites(quantization: QuantizationConfig) -> Iterator[Contradiction]:
     members = SITE_SETS[quantization.sites]
     for site, override in quantization.overrides.items():
         path = f"quantization.overrides.{site}"
-        if site not in members:
+        if site not in members and override.bits is None:
             fitting = next(name for name, points in SITE_SETS.items() if site in points)
             yield Contradiction(
                 (path, "quantization.sites"),
-                f"{site} is not quantized by sites = {quantization.sites}; choose sites={fitting} or remove it",
+                f"{site} is not quantized by sites = {quantization.sites}; set {path}.bits or sites={fitting}",
             )
+            continue
         part = "kv_cache" if site in CACHE_SITES else "activation"
         if override.bits is None and getattr(quantization, part).bits == 16:
             yield Contradiction(

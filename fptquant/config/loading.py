@@ -12,7 +12,6 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fptquant.config.contradictions import find_contradictions
-from fptquant.config.labels import expand_label
 from fptquant.config.schema import Config, DemoConfig
 from fptquant.errors import UserError
 
@@ -110,6 +109,13 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
     >>> apply_overrides({"seed": 0}, ["seed=3", "local.lr=1e-3"])
     {'seed': 3, 'local': {'lr': 0.001}}
     """
+    result, problems = _apply_overrides(data, overrides)
+    if problems:
+        raise _problems_error("the command line", problems)
+    return result
+
+
+def _apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> tuple[dict[str, Any], list[Problem]]:
     result: dict[str, Any] = _copy(data)
     problems: list[Problem] = []
     for override in overrides:
@@ -129,9 +135,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
             _set(result, keys, value)
         except UserError as error:
             problems.append((key, str(error)))
-    if problems:
-        raise _problems_error("the overrides", problems)
-    return result
+    return result, problems
 
 
 def _copy(data: Any) -> Any:
@@ -148,7 +152,6 @@ _LABEL_KEYS = {
 
 def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
     if keys in (["quantization"], ["quantization", "label"]) and isinstance(value, str):
-        expand_label(value)
         existing = data.get("quantization")
         parts = existing if isinstance(existing, dict) else {}
         for part, decided in _LABEL_KEYS.items():
@@ -178,17 +181,16 @@ def load_config(path_or_name: str | Path, *overrides: str) -> Config:
     >>> load_config("rtn", "quantization=w4a8kv8-static").quantization.label
     'w4a8kv8-static'
     """
-    path = find_config(path_or_name)
-    return parse_config(apply_overrides(read_yaml(path), overrides), source=str(path_or_name))
+    data, problems = _apply_overrides(read_yaml(find_config(path_or_name)), overrides)
+    return _parse_config(data, problems, source=str(path_or_name))
 
 
 def load_demo_config(path_or_name: str | Path, *overrides: str) -> DemoConfig:
     """The config of a table of several methods and settings; errors as in `load_config`."""
-    path = find_config(path_or_name)
-    data = apply_overrides(read_yaml(path), overrides)
-    config, problems = _validate(DemoConfig, data)
-    if config is None:
-        raise _problems_error(str(path_or_name), problems)
+    data, problems = _apply_overrides(read_yaml(find_config(path_or_name)), overrides)
+    config, found = _validate(DemoConfig, data)
+    if config is None or problems:
+        raise _problems_error(str(path_or_name), problems + found)
     return config
 
 
@@ -198,9 +200,14 @@ def parse_config(data: Mapping[str, Any], *, source: str = "the config") -> Conf
     Raises:
         UserError: as in `load_config`.
     """
-    config, problems = _validate(Config, data)
+    return _parse_config(data, [], source=source)
+
+
+def _parse_config(data: Mapping[str, Any], problems: list[Problem], *, source: str) -> Config:
+    config, found_problems = _validate(Config, data)
+    problems = problems + found_problems
     if config is not None:
-        problems = [(found.paths[0], found.message) for found in find_contradictions(config)]
+        problems += [(found.paths[0], found.message) for found in find_contradictions(config)]
     else:
         # Contradictions among the fields that are right are worth knowing in the same message: what is wrong is left
         # out, and what is found about a path that was wrong is not reported twice.
@@ -249,11 +256,18 @@ def _problem(schema: type[BaseModel], detail: dict[str, Any]) -> Problem:
     if kind == "value_error":
         return path, str(detail["ctx"]["error"])
     if kind == "string_pattern_mismatch":
-        return path, f"{value!r} does not have the form {detail['ctx']['pattern']}"
-    message = (
-        detail["msg"].removeprefix("Input should be ").replace("a valid dictionary or instance of ", "a mapping: ")
-    )
+        return path, f"{value!r} is not possible; {_FORMS[path]}"
+    if kind == "model_type":
+        return path, f"must hold keys and values, not {value!r}"
+    message = detail["msg"].removeprefix("Input should be ")
     return path, f"must be {message}, not {value!r}"
+
+
+_FORMS = {
+    "device": "write auto, cpu, cuda or cuda:0",
+    "name": "use letters, digits, dots, dashes and underscores",
+}
+"""What the values of fields with a pattern look like."""
 
 
 def _valid_keys(schema: type[BaseModel], location: Iterable[Any]) -> list[str]:

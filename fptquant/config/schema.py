@@ -55,7 +55,7 @@ Start = Literal["identity", "hadamard", "random_hadamard", "random_orthogonal"]
 class StrictModel(BaseModel):
     """Base of every part of a config: frozen, without unknown keys, without silent conversion between types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class RangeConfig(StrictModel):

@@ -1,0 +1,1 @@
+"""Calibration and evaluation text, and windows of tokens cut from it."""

@@ -1,0 +1,55 @@
+"""Windows of tokens: a text cut into pieces of equal length that do not overlap."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fptquant.data.text import Text
+from fptquant.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def token_windows(
+    tokenizer: PreTrainedTokenizerBase, text: Text, windows: int, window: int, *, seed: int | None = None
+) -> Tensor:
+    """The first windows of a text, or with a seed a random choice of them, in the order of the text.
+
+    The whole text is tokenized at once, without special tokens, and cut every ``window`` tokens.
+
+    Shape:
+        result: [windows, window], int64
+
+    Raises:
+        UserError: if the text has fewer tokens than asked for.
+    """
+    ids: list[int] = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    available = len(ids) // window
+    if available < windows:
+        raise UserError(
+            f"the text {text.name} has {len(ids):,} tokens, but {windows} windows of {window:,} tokens need "
+            f"{windows * window:,}; ask for fewer or shorter windows, or give a longer text"
+        )
+    cut = torch.tensor(ids[: available * window], dtype=torch.int64).view(available, window)
+    if seed is None:
+        return cut[:windows].clone()
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(available, generator=generator)[:windows]
+    return cut[chosen.sort().values]
+
+
+def check_window(model_config: Any, window: int, what: str) -> None:
+    """Refuses a window that the model cannot read at once.
+
+    Raises:
+        UserError: names both lengths and the setting (``what``) to change.
+    """
+    context = getattr(model_config, "max_position_embeddings", None)
+    if context is not None and window > context:
+        raise UserError(
+            f"{what} = {window:,} is longer than the model's context of {context:,} tokens; choose at most that"
+        )

@@ -1,0 +1,1 @@
+"""Perplexity, agreement with the full-precision model, equivalence, and signal-to-quantization-noise ratio."""

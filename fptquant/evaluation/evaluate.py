@@ -1,0 +1,200 @@
+"""Perplexity of a model, and its divergence from and agreement with the full-precision model."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fptquant.data.text import Text, load_text
+from fptquant.data.windows import check_window, token_windows
+from fptquant.errors import UserError
+from fptquant.evaluation.hidden import check_finite, last_hidden_states, logit_chunks, output_head
+from fptquant.evaluation.metrics import jensen_shannon_divergence, negative_log_likelihood, relative_error
+from fptquant.evaluation.teacher import ProgressCallback, TeacherCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on one text; divergence and agreement are None without a reference model."""
+
+    perplexity: float
+    """``exp`` of the mean negative log-likelihood per token."""
+    jsd: float | None
+    """Mean Jensen-Shannon divergence from the reference's next-token distributions, in nats."""
+    top1_agreement: float | None
+    """Share of positions at which both models find the same token likeliest, 0 to 1."""
+    tokens: int
+    """Predictions that were scored: one fewer than there are tokens in each window."""
+    seconds: float
+    text_name: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class _Sums:
+    """Running sums in fp64."""
+
+    nll: float = 0.0
+    jsd: float = 0.0
+    agreed: int = 0
+    tokens: int = 0
+
+
+def evaluation_windows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | Text, windows: int, window: int
+) -> tuple[Tensor, str]:
+    """The first windows of the evaluation text, and the name of that text.
+
+    Shape:
+        result: [windows, window], int64
+
+    Raises:
+        UserError: if the window is longer than the model's context or the text too short.
+    """
+    check_window(model.config, window, "the evaluation window")
+    loaded = load_text(text, "evaluation") if isinstance(text, str) else text
+    return token_windows(tokenizer, loaded, windows, window), loaded.name
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text: str | Text = "auto",
+    windows: int = 8,
+    window: int = 1024,
+    reference: PreTrainedModel | TeacherCache | None = None,
+    progress: ProgressCallback | None = None,
+) -> Evaluation:
+    """Measures a model on the first ``windows`` windows of a text, each read on its own.
+
+    A window of 1,024 tokens gives 1,023 predictions: its first token has no context and is not scored. Special tokens
+    are not added.
+
+    Args:
+        text: a name of `fptquant.data.text.TEXT_SOURCES`, a path to a .txt or .jsonl file, or a `Text`.
+        reference: the full-precision model, or what it said (`build_reference`); divergence and agreement need it.
+
+    Raises:
+        UserError: if the text is too short, the window longer than the context, the reference was computed on other
+            tokens, or logits are not finite.
+    """
+    tokens, name = evaluation_windows(model, tokenizer, text, windows, window)
+    if reference is not None and not isinstance(reference, TeacherCache):
+        reference = TeacherCache.from_model(reference, tokens, text_name=name, progress=progress)
+    return evaluate_windows(model, tokens, text_name=name, reference=reference, progress=progress)
+
+
+def build_reference(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text: str | Text = "auto",
+    windows: int = 8,
+    window: int = 1024,
+    progress: ProgressCallback | None = None,
+) -> tuple[TeacherCache, Evaluation]:
+    """What the full-precision model says on the evaluation text, and its own evaluation; errors as in `evaluate`."""
+    tokens, name = evaluation_windows(model, tokenizer, text, windows, window)
+    cache = TeacherCache.from_model(model, tokens, text_name=name, progress=progress)
+    start = time.perf_counter()
+    sums = _Sums()
+    for index, window_tokens in enumerate(tokens):
+        _score_window(model, cache.head, window_tokens, cache.hidden[index], None, index, sums)
+    sums.agreed = sums.tokens
+    return cache, _evaluation(sums, cache.seconds + time.perf_counter() - start, name, compared=True)
+
+
+@torch.inference_mode()
+def evaluate_windows(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    text_name: str,
+    reference: TeacherCache | None = None,
+    progress: ProgressCallback | None = None,
+) -> Evaluation:
+    """`evaluate` on windows of tokens that are at hand.
+
+    Shape:
+        tokens: [windows, window], int64
+    """
+    if reference is not None and not torch.equal(reference.tokens, tokens):
+        raise UserError(
+            f"the reference was computed on {reference.text_name}, {list(reference.tokens.shape)} tokens, the model is "
+            f"evaluated on {text_name}, {list(tokens.shape)} tokens; build it with the same text, windows and window"
+        )
+    start = time.perf_counter()
+    sums = _Sums()
+    head = output_head(model)
+    for index, window in enumerate(tokens):
+        if progress is not None:
+            progress(index, len(tokens), "evaluation")
+        _score_window(model, head, window, last_hidden_states(model, window), reference, index, sums)
+    if progress is not None:
+        progress(len(tokens), len(tokens), "evaluation")
+    return _evaluation(sums, time.perf_counter() - start, text_name, compared=reference is not None)
+
+
+@torch.inference_mode()
+def _score_window(
+    model: PreTrainedModel,
+    head: nn.Module,
+    window: Tensor,
+    hidden: Tensor,
+    reference: TeacherCache | None,
+    index: int,
+    sums: _Sums,
+) -> None:
+    """Adds one window to the sums; every position but the last predicts the token after it."""
+    vocabulary = int(model.config.vocab_size)
+    targets = window[1:].to(hidden.device)
+    teacher = None if reference is None else reference.hidden[index, :-1]
+    for where, logits in logit_chunks(head, vocabulary, hidden[:-1]):
+        check_finite(model, window, logits, where.start, index)
+        sums.nll += float(negative_log_likelihood(logits, targets[where]).sum())
+        sums.tokens += len(logits)
+        if reference is None or teacher is None:
+            continue
+        expected = reference.head(teacher[where]).to(logits.dtype)
+        sums.jsd += float(jensen_shannon_divergence(logits, expected).sum())
+        sums.agreed += int((logits.argmax(-1) == expected.argmax(-1)).sum())
+
+
+def _evaluation(sums: _Sums, seconds: float, text_name: str, *, compared: bool) -> Evaluation:
+    mean = sums.nll / sums.tokens
+    return Evaluation(
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        jsd=sums.jsd / sums.tokens if compared else None,
+        top1_agreement=sums.agreed / sums.tokens if compared else None,
+        tokens=sums.tokens,
+        seconds=seconds,
+        text_name=text_name,
+    )
+
+
+@torch.inference_mode()
+def relative_logits_error(reference: PreTrainedModel, model: PreTrainedModel, tokens: Tensor) -> float:
+    """``max |z - z'| / max |z|`` over the logits of two models that should compute the same function.
+
+    Shape:
+        tokens: [windows, window], int64
+    """
+    worst = 0.0
+    for window in tokens:
+        ids = window[None]
+        expected = reference(input_ids=ids.to(reference.device), use_cache=False).logits
+        found = model(input_ids=ids.to(model.device), use_cache=False).logits
+        worst = max(worst, relative_error(expected, found.to(expected.device)))
+    return worst
