@@ -35,9 +35,9 @@ FPTQ_EXPORT const char *fptq_last_error(void);
 
 /* Chooses the kernels: "scalar", "avx2", "avx512", or NULL for the best that this processor runs. */
 FPTQ_EXPORT fptq_status fptq_select_isa(const char *name);
-FPTQ_EXPORT const char *fptq_isa(void);         /* the chosen instruction set */
-FPTQ_EXPORT const char *fptq_isa_reason(void);  /* why, in words */
-FPTQ_EXPORT const char *fptq_isas_built(void);  /* comma separated */
+FPTQ_EXPORT const char *fptq_isa(void);        /* the chosen instruction set */
+FPTQ_EXPORT const char *fptq_isa_reason(void); /* why, in words */
+FPTQ_EXPORT const char *fptq_isas_built(void); /* comma separated */
 FPTQ_EXPORT const char *fptq_compiler(void);
 
 /* How loops are spread over threads: torch_parallel_for's contract. NULL runs everything on the calling thread. */

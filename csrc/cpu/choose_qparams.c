@@ -26,7 +26,7 @@ void KERNEL(choose_qparams)(int64_t begin, int64_t end, const void *context)
 
     for (int64_t r = begin; r < end; r++) {
         const STORAGE *restrict x_row = (const STORAGE *)args->x + r * args->columns; /* x[r, :] */
-        COMPUTE los[FPTQ_LANES] = {0}, his[FPTQ_LANES] = {0}; /* 0 always belongs to the range */
+        COMPUTE los[FPTQ_LANES] = {0}, his[FPTQ_LANES] = {0};                         /* 0 always belongs to the range */
         int64_t c = 0;
         for (; c + FPTQ_LANES <= args->columns; c += FPTQ_LANES) {
             for (int l = 0; l < FPTQ_LANES; l++) {

@@ -39,8 +39,8 @@ void KERNEL(fake_quant_forward)(int64_t begin, int64_t end, const void *context)
 }
 
 /* Gradients of one element; the three results are what the formulas above say. */
-static inline void LOCAL(fake_quant_element)(COMPUTE dy, COMPUTE x, COMPUTE scale, COMPUTE zero_point, COMPUTE qmin,
-                                             COMPUTE qmax, COMPUTE *dx, COMPUTE *dscale, COMPUTE *dzero_point)
+static inline void LOCAL(fake_quant_element)(COMPUTE dy, COMPUTE x, COMPUTE scale, COMPUTE zero_point, COMPUTE qmin, COMPUTE qmax,
+                                             COMPUTE *dx, COMPUTE *dscale, COMPUTE *dzero_point)
 {
     const COMPUTE ratio = x / scale, rounded = RINT(ratio), q = rounded + zero_point;
     COMPUTE clamped = q < qmin ? qmin : q;

@@ -7,12 +7,12 @@
 
 #include "../fptq.h"
 
-#define FPTQ_KERNELS(X)                                                                                                \
-    X(fake_quant_forward)                                                                                              \
-    X(fake_quant_backward)                                                                                             \
-    X(choose_qparams)                                                                                                  \
-    X(range_minmax)                                                                                                    \
-    X(range_errors)                                                                                                    \
+#define FPTQ_KERNELS(X)    \
+    X(fake_quant_forward)  \
+    X(fake_quant_backward) \
+    X(choose_qparams)      \
+    X(range_minmax)        \
+    X(range_errors)        \
     X(range_histogram)
 
 enum fptq_kernel_id {

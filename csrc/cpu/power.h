@@ -22,7 +22,8 @@ static inline float fptq_log2(float value)
 static inline float fptq_exp2(float v)
 {
     const float whole = rintf(v), f = (v - whole) * 0.6931471806f;
-    const float series = 1 + f * (1 + f * (0.5f + f * (1.6666667e-1f + f * (4.1666667e-2f + f * (8.3333333e-3f + f * 1.3888889e-3f)))));
+    const float series =
+        1 + f * (1 + f * (0.5f + f * (1.6666667e-1f + f * (4.1666667e-2f + f * (8.3333333e-3f + f * 1.3888889e-3f)))));
     return series * fptq_float_from_bits((uint32_t)((int32_t)whole + 127) << 23);
 }
 

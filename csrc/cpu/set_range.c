@@ -109,7 +109,8 @@ void KERNEL(range_errors)(int64_t begin, int64_t end, const void *context)
         const double lo = (double)((const COMPUTE *)args->lo)[unit.channel], hi = (double)((const COMPUTE *)args->hi)[unit.channel];
         for (int64_t k = 0; k < args->candidates; k++) {
             double scale_k, zero_k;
-            fptq_qparams_of_range(lo * args->ratios[k], hi * args->ratios[k], args->grid, args->symmetric, args->dtype, &scale_k, &zero_k);
+            fptq_qparams_of_range(lo * args->ratios[k], hi * args->ratios[k], args->grid, args->symmetric, args->dtype, &scale_k,
+                                  &zero_k);
             const COMPUTE scale = (COMPUTE)scale_k, zero = (COMPUTE)zero_k;
             double error;
             switch (kind) {

@@ -10,12 +10,12 @@ __attribute__((format(printf, 1, 2))) fptq_status fptq_fail(const char *format, 
 fptq_status fptq_fail_memory(const char *op, int64_t bytes);
 
 /* Leaves the calling operator with the status when it is not FPTQ_OK. */
-#define FPTQ_TRY(expression)                                                                                           \
-    do {                                                                                                               \
-        const fptq_status status_ = (expression);                                                                      \
-        if (status_ != FPTQ_OK) {                                                                                      \
-            return status_;                                                                                            \
-        }                                                                                                              \
+#define FPTQ_TRY(expression)                      \
+    do {                                          \
+        const fptq_status status_ = (expression); \
+        if (status_ != FPTQ_OK) {                 \
+            return status_;                       \
+        }                                         \
     } while (0)
 
 /* Checks shared by operators; `op` begins the message. */

@@ -148,10 +148,10 @@ FPTQ_EXPORT const char *fptq_register_torch(void)
     if (!libtorch) {
         return "libtorch_cpu.so is not loaded: import torch first";
     }
-#define RESOLVE(ret, name, params)                                                                                     \
-    if (!(*(void **)&torch.name = dlsym(libtorch, #name))) {                                                           \
-        snprintf(message, sizeof message, "this PyTorch lacks %s: fptquant needs PyTorch 2.11 or newer", #name);       \
-        return message;                                                                                                \
+#define RESOLVE(ret, name, params)                                                                               \
+    if (!(*(void **)&torch.name = dlsym(libtorch, #name))) {                                                     \
+        snprintf(message, sizeof message, "this PyTorch lacks %s: fptquant needs PyTorch 2.11 or newer", #name); \
+        return message;                                                                                          \
     }
     TORCH_FUNCTIONS(RESOLVE)
 #undef RESOLVE
@@ -160,9 +160,9 @@ FPTQ_EXPORT const char *fptq_register_torch(void)
     if (torch.aoti_torch_library_init_impl("fptquant", "CPU", __FILE__, __LINE__, &library)) {
         return "PyTorch refused the library fptquant for CPU";
     }
-#define REGISTER(name)                                                                                                 \
-    if (torch.torch_library_impl(library, #name, boxed_##name, abi_version)) {                                         \
-        return "PyTorch refused the operator fptquant::" #name;                                                        \
+#define REGISTER(name)                                                         \
+    if (torch.torch_library_impl(library, #name, boxed_##name, abi_version)) { \
+        return "PyTorch refused the operator fptquant::" #name;                \
     }
     FPTQ_OPERATORS(REGISTER)
 #undef REGISTER

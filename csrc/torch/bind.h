@@ -20,30 +20,29 @@ typedef struct library_opaque *library_handle;
 typedef void (*boxed_kernel)(stable_value *stack, uint64_t num_args, uint64_t num_returns);
 
 /* Every function of libtorch used: return type, name, parameters. Those returning int32_t return 0 on success. */
-#define TORCH_FUNCTIONS(X)                                                                                             \
-    X(int32_t, aoti_torch_library_init_impl,                                                                           \
-      (const char *ns, const char *key, const char *file, uint32_t line, library_handle *out))                         \
-    X(int32_t, torch_library_impl, (library_handle, const char *name, boxed_kernel, uint64_t abi_version))             \
-    X(int32_t, aoti_torch_delete_tensor_object, (tensor_handle))                                                       \
-    X(int32_t, aoti_torch_get_dim, (tensor_handle, int64_t *out))                                                      \
-    X(int32_t, aoti_torch_get_numel, (tensor_handle, int64_t *out))                                                    \
-    X(int32_t, aoti_torch_get_sizes, (tensor_handle, int64_t **out_borrowed))                                          \
-    X(int32_t, aoti_torch_get_dtype, (tensor_handle, int32_t *out))                                                    \
-    X(int32_t, aoti_torch_is_contiguous, (tensor_handle, bool *out))                                                   \
-    X(int32_t, torch_get_const_data_ptr, (tensor_handle, const void **out))                                            \
-    X(int32_t, torch_get_mutable_data_ptr, (tensor_handle, void **out))                                                \
-    X(int32_t, aoti_torch_empty_strided,                                                                               \
-      (int64_t ndim, const int64_t *sizes, const int64_t *strides, int32_t dtype, int32_t device_type,                 \
-       int32_t device_index, tensor_handle *out))                                                                      \
-    X(int32_t, aoti_torch_dtype_float32, (void))                                                                       \
-    X(int32_t, aoti_torch_dtype_float64, (void))                                                                       \
-    X(int32_t, aoti_torch_dtype_bfloat16, (void))                                                                      \
-    X(int32_t, aoti_torch_dtype_float16, (void))                                                                       \
-    X(int32_t, aoti_torch_dtype_int8, (void))                                                                          \
-    X(int32_t, aoti_torch_dtype_uint8, (void))                                                                         \
-    X(int32_t, aoti_torch_device_type_cpu, (void))                                                                     \
-    X(int32_t, torch_parallel_for,                                                                                     \
-      (int64_t begin, int64_t end, int64_t grain, fptq_parallel_body body, void *context))                             \
+#define TORCH_FUNCTIONS(X)                                                                                                   \
+    X(int32_t, aoti_torch_library_init_impl,                                                                                 \
+      (const char *ns, const char *key, const char *file, uint32_t line, library_handle *out))                               \
+    X(int32_t, torch_library_impl, (library_handle, const char *name, boxed_kernel, uint64_t abi_version))                   \
+    X(int32_t, aoti_torch_delete_tensor_object, (tensor_handle))                                                             \
+    X(int32_t, aoti_torch_get_dim, (tensor_handle, int64_t *out))                                                            \
+    X(int32_t, aoti_torch_get_numel, (tensor_handle, int64_t *out))                                                          \
+    X(int32_t, aoti_torch_get_sizes, (tensor_handle, int64_t **out_borrowed))                                                \
+    X(int32_t, aoti_torch_get_dtype, (tensor_handle, int32_t *out))                                                          \
+    X(int32_t, aoti_torch_is_contiguous, (tensor_handle, bool *out))                                                         \
+    X(int32_t, torch_get_const_data_ptr, (tensor_handle, const void **out))                                                  \
+    X(int32_t, torch_get_mutable_data_ptr, (tensor_handle, void **out))                                                      \
+    X(int32_t, aoti_torch_empty_strided,                                                                                     \
+      (int64_t ndim, const int64_t *sizes, const int64_t *strides, int32_t dtype, int32_t device_type, int32_t device_index, \
+       tensor_handle *out))                                                                                                  \
+    X(int32_t, aoti_torch_dtype_float32, (void))                                                                             \
+    X(int32_t, aoti_torch_dtype_float64, (void))                                                                             \
+    X(int32_t, aoti_torch_dtype_bfloat16, (void))                                                                            \
+    X(int32_t, aoti_torch_dtype_float16, (void))                                                                             \
+    X(int32_t, aoti_torch_dtype_int8, (void))                                                                                \
+    X(int32_t, aoti_torch_dtype_uint8, (void))                                                                               \
+    X(int32_t, aoti_torch_device_type_cpu, (void))                                                                           \
+    X(int32_t, torch_parallel_for, (int64_t begin, int64_t end, int64_t grain, fptq_parallel_body body, void *context))      \
     X(void, aoti_torch_check, (bool condition, const char *func, const char *file, uint32_t line, const char *message))
 
 struct torch_functions {
@@ -115,13 +114,13 @@ tensor_handle new_tensor(const char *op, int64_t ndim, const int64_t *sizes, int
 void *data_of(tensor_handle tensor);
 
 /* One entry per boxed operator: its name and kernel. A file adds its own below. */
-#define FPTQ_OPERATORS(X)                                                                                              \
-    X(fake_quant)                                                                                                      \
-    X(fake_quant_backward)                                                                                             \
-    X(choose_qparams)                                                                                                  \
-    X(range_minmax)                                                                                                    \
-    X(range_errors)                                                                                                    \
-    X(range_histogram)                                                                                                 \
+#define FPTQ_OPERATORS(X)  \
+    X(fake_quant)          \
+    X(fake_quant_backward) \
+    X(choose_qparams)      \
+    X(range_minmax)        \
+    X(range_errors)        \
+    X(range_histogram)     \
     X(range_qparams)
 #define DECLARE(name) void boxed_##name(stable_value *stack, uint64_t num_args, uint64_t num_returns);
 FPTQ_OPERATORS(DECLARE)

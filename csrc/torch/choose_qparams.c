@@ -1,4 +1,5 @@
-/* fptquant::choose_qparams(Tensor x, bool symmetric, int grid, int qmin, int qmax) -> (Tensor scale, Tensor zero_point), [..., 1] */
+/* fptquant::choose_qparams(Tensor x, bool symmetric, int grid, int qmin, int qmax) -> (Tensor scale, Tensor zero_point), [..., 1]
+ */
 #include "bind.h"
 
 void boxed_choose_qparams(stable_value *stack, uint64_t num_args, uint64_t num_returns)

@@ -37,7 +37,8 @@ void boxed_range_errors(stable_value *stack, uint64_t num_args, uint64_t num_ret
 {
     (void)num_args, (void)num_returns;
     const char *op = "range_errors";
-    OWNED tensor_handle x_tensor = take(stack[0]), lo_tensor = take(stack[1]), hi_tensor = take(stack[2]), ratios_tensor = take(stack[3]);
+    OWNED tensor_handle x_tensor = take(stack[0]), lo_tensor = take(stack[1]), hi_tensor = take(stack[2]),
+                        ratios_tensor = take(stack[3]);
     const struct view x = view_of(op, "x", x_tensor), lo = view_of(op, "lo", lo_tensor), hi = view_of(op, "hi", hi_tensor),
                       ratios = view_of(op, "ratios", ratios_tensor);
     const int32_t dtype = floating_dtype(op, "x", &x);

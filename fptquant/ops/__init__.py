@@ -1,5 +1,8 @@
 """The operators: each a C kernel with a plain-torch fallback, differentiable where that makes sense."""
 
+from fptquant._core import register_torch
+from fptquant.ops.choose_qparams import choose_qparams
+from fptquant.ops.fake_quant import fake_quant
 from fptquant.ops.hadamard import hadamard, hadamard_matrix, hadamard_sizes
 from fptquant.ops.lp_norm import lp_norm_query_key, lp_norm_scale
 from fptquant.ops.merge_query_key import (
@@ -12,8 +15,13 @@ from fptquant.ops.merge_scale import merge_scale, merge_scale_fake_quant, scale_
 from fptquant.ops.merge_value import merge_value
 from fptquant.ops.pack_int4 import pack_int4, unpack_int4
 from fptquant.ops.residual_scale import residual_scale
+from fptquant.ops.set_range import range_errors, range_histogram, range_minmax, range_qparams, set_range
+
+register_torch()
 
 __all__ = [
+    "choose_qparams",
+    "fake_quant",
     "hadamard",
     "hadamard_matrix",
     "hadamard_sizes",
@@ -26,8 +34,13 @@ __all__ = [
     "merge_value",
     "pack_int4",
     "query_key_moments",
+    "range_errors",
+    "range_histogram",
+    "range_minmax",
+    "range_qparams",
     "residual_scale",
     "scale_moments",
+    "set_range",
     "solve_query_key",
     "unpack_int4",
 ]
