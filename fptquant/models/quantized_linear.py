@@ -1,0 +1,78 @@
+"""A linear layer with quantizers, an optional online Hadamard transform and the per-token scale of S_n."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fptquant import ops
+from fptquant.models.context import ForwardContext
+from fptquant.quantizers.quantizer import Quantizer
+
+
+class QuantizedLinear(nn.Linear):
+    """Takes over weight and bias of a linear layer: y = Q_out(Q_weight(W) Q_in(H x) + b).
+
+    With S_n (``scaled``) the whole row of a token is divided by its running scale sigma, so that the branch can be
+    added to the normalized residual. On the ``input``: W Q_in(H x / sigma) + b / sigma, and the quantizer sees massive
+    tokens at the range of the others. On the ``output``: (W Q_in(H x) + b) / sigma, before Q_out. Both are the same
+    function.
+
+    Shape: x [B, T, in_features]; sigma [B, T, 1] from the context; returns [B, T, out_features].
+    """
+
+    input_quantizer: Quantizer | None
+    weight_quantizer: Quantizer | None
+    output_quantizer: Quantizer | None
+
+    def __init__(self, linear: nn.Linear, context: ForwardContext) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.train(linear.training)
+        self.context = context
+        self.scaled: Literal["input", "output"] | None = None
+        self.hadamard_block: int | None = None
+        """Block size of the online Hadamard transform on the input; None for no transform."""
+        self.input_quantizer = None
+        self.weight_quantizer = None
+        self.output_quantizer = None
+
+    def quantized_weight(self) -> Tensor:
+        """The weight as the forward pass uses it [out_features, in_features]."""
+        return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+
+    def prepare_input(self, x: Tensor) -> Tensor:
+        """The input as it meets the weight: scaled, transformed and quantized."""
+        inverse = self.context.inverse_scale(x) if self.scaled == "input" else None
+        if inverse is not None:
+            x = (x * inverse).to(x.dtype)
+        if self.hadamard_block is not None:
+            x = ops.hadamard(x, block_size=self.hadamard_block)
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x, self.context.kept_tokens(x))
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._linear(self.prepare_input(x))
+        if self.output_quantizer is not None:
+            y = self.output_quantizer(y, self.context.kept_tokens(y))
+        return y
+
+    def _linear(self, x: Tensor) -> Tensor:
+        inverse = self.context.inverse_scale(x) if self.scaled is not None else None
+        if inverse is None or (self.scaled == "input" and self.bias is None):
+            return F.linear(x, self.quantized_weight(), self.bias)
+        if self.scaled == "input":
+            y = F.linear(x, self.quantized_weight())
+            return (y + self.bias * inverse).to(y.dtype)
+        y = F.linear(x, self.quantized_weight(), self.bias)
+        return (y * inverse).to(y.dtype)
+
+    def extra_repr(self) -> str:
+        extra = super().extra_repr()
+        if self.hadamard_block is not None:
+            extra += f", hadamard_block={self.hadamard_block}"
+        return extra if self.scaled is None else f"{extra}, scaled={self.scaled}"

@@ -1,0 +1,171 @@
+"""The module that simulates quantization at one place of a model, and sets its own range."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fptquant import ops
+from fptquant.errors import UserError
+from fptquant.quantizers.grid import Granularity, IntegerGrid, PerToken
+from fptquant.quantizers.ranges import RangeMethod, RangeSetter
+
+Mode = Literal["off", "observe_range", "observe_errors", "on"]
+"""``off`` and the two observing modes pass values through unchanged; ``on`` simulates quantization."""
+
+
+class Quantizer(nn.Module):
+    """Rounds to a grid and back: y = scale * (clamp(rint(x / scale) + zero_point, qmin, qmax) - zero_point).
+
+    A static quantizer reads ``scale`` and ``zero_point`` from its buffers, a dynamic one computes them from each token.
+    Static ranges are set in two passes over the same batches, without keeping them: mode ``observe_range`` finds
+    minimum and maximum, mode ``observe_errors`` (only if ``needs_errors``) the error of every candidate, then
+    ``finish_ranges()`` fills the buffers.
+
+    Shape: x of any shape that the granularity fits; scale and zero_point as ``channel_layout`` says, in float32
+        (float64 if x is); they keep that dtype when the model is converted to a narrower one.
+    Gradient: straight-through for x, LSQ for scale and zero_point (`fptquant.ops.fake_quant`).
+    Errors: UserError if a static quantizer is used before its range was set.
+    """
+
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+    def __init__(
+        self,
+        grid: IntegerGrid,
+        granularity: Granularity,
+        dynamic: bool = False,
+        range_method: RangeMethod | None = None,
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.granularity: Granularity = PerToken() if dynamic else granularity
+        self.dynamic = dynamic
+        self.range_method = RangeMethod() if range_method is None else range_method
+        self.name = name
+        self.mode: Mode = "off"
+        self._setter: RangeSetter | None = None
+        self.register_buffer("scale", None)
+        self.register_buffer("zero_point", None)
+
+    @property
+    def needs_errors(self) -> bool:
+        """Whether range setting takes the second pass, ``observe_errors``."""
+        return not self.dynamic and self.range_method.method != "min_max"
+
+    @property
+    def has_range(self) -> bool:
+        """Whether mode ``on`` is possible: dynamic, or the range is set."""
+        return self.dynamic or self.scale is not None
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Quantizes, observes or passes ``x`` through, as the mode says.
+
+        Shape: kept: bool, broadcastable to x with as many axes; True keeps a token in full precision, and out of range
+            setting.
+        """
+        if self.mode == "off" or x.numel() == 0:
+            return x
+        if self.mode == "on":
+            y = self._fake_quant(x)
+            return y if kept is None else torch.where(kept, x, y)
+        self._observe(x, kept)
+        return x
+
+    def _fake_quant(self, x: Tensor) -> Tensor:
+        if self.dynamic:
+            with torch.no_grad():
+                scale, zero_point = ops.choose_qparams(x.detach(), grid=self.grid)
+            return ops.fake_quant(x, scale, zero_point, grid=self.grid, granularity=self.granularity)
+        if self.scale is None:
+            raise UserError(f"quantizer {self.name}: no range has been set; run the set_ranges stage before using it")
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        # an absent zero point lets the operator skip the addition; symmetric grids always have it at 0
+        zero = None if self.grid.symmetric or self.zero_point is None else self.zero_point.to(dtype)
+        return ops.fake_quant(x, self.scale.to(dtype), zero, grid=self.grid, granularity=self.granularity)
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor, kept: Tensor | None) -> None:
+        if self.dynamic:
+            return
+        x = x.detach() if kept is None else drop_kept(x.detach(), kept)
+        if x.numel() == 0:
+            return
+        if self.mode == "observe_range":
+            if self._setter is None:
+                self._setter = RangeSetter(self.grid, self.granularity, self.range_method)
+            self._setter.observe_range(x)
+        elif self.needs_errors:
+            if self._setter is None:
+                raise UserError(f"quantizer {self.name}: observe_errors needs the pass observe_range before it")
+            self._setter.observe_errors(x)
+
+    def finish_ranges(self) -> None:
+        """Turns what was observed into ``scale`` and ``zero_point`` and forgets it; dynamic quantizers need nothing.
+
+        Raises:
+            UserError: if nothing was observed.
+        """
+        if self.dynamic:
+            return
+        if self._setter is None:
+            raise UserError(f"quantizer {self.name} saw no value; is there calibration text besides the kept tokens?")
+        self.scale, self.zero_point = self._setter.finish()
+        self._setter = None
+
+    @torch.no_grad()
+    def set_range_from(self, x: Tensor) -> None:
+        """Sets the static range from one tensor in memory, for example a weight."""
+        self.scale, self.zero_point = ops.set_range(
+            x.detach(), grid=self.grid, granularity=self.granularity, method=self.range_method
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        before = {name: getattr(self, name) for name in ("scale", "zero_point")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = getattr(self, name)
+            # model.to(bfloat16) moves buffers too, but a scale rounded to 8 bits of mantissa is another scale
+            if old is not None and new.dtype not in (torch.float32, torch.float64) and new.device.type != "meta":
+                setattr(self, name, old.to(new.device))
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("scale", "zero_point"):
+            stored = state_dict.get(prefix + name)
+            if stored is not None:
+                setattr(self, name, torch.empty_like(stored))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        kind = "dynamic" if self.dynamic else "static"
+        return f"{self.name}: {self.grid.bits} bits, {kind}, {self.granularity}, mode={self.mode}"
+
+
+def drop_kept(x: Tensor, kept: Tensor) -> Tensor:
+    """Removes the tokens marked in ``kept``; the axes of ``x`` stay where they are.
+
+    The axes along which ``kept`` varies are token axes: the first of them holds the tokens that are left, the others
+    become 1. Axes of channels and heads keep size and place, so that per-channel ranges still find them.
+
+    Shape: x [..., any]; kept: bool with as many axes, each of size 1 or that of x.
+
+    >>> x = torch.arange(12.0).reshape(2, 3, 2)
+    >>> kept = torch.tensor([[[True], [False], [False]], [[True], [False], [True]]])
+    >>> drop_kept(x, kept).shape
+    torch.Size([3, 1, 2])
+    """
+    tokens = [axis for axis in range(x.dim()) if kept.shape[axis] != 1]
+    if not tokens:
+        return x[:0] if bool(kept.all()) else x
+    others = [axis for axis in range(x.dim()) if axis not in tokens]
+    order = tokens + others
+    mask = kept.reshape([kept.shape[axis] for axis in tokens])
+    left = x.permute(order)[~mask]
+    left = left.reshape([left.shape[0]] + [1] * (len(tokens) - 1) + [x.shape[axis] for axis in others])
+    return left.permute([order.index(axis) for axis in range(x.dim())])
