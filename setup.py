@@ -52,7 +52,7 @@ class build_clib_per_isa(build_clib):
     def build_libraries(self, libraries: list) -> None:  # type: ignore[type-arg]
         folder = self.build_temp
         for library in libraries:
-            self.build_temp = os.path.join(folder, library[0])
+            self.build_temp = str(Path(folder, library[0]))
             super().build_libraries([library])
         self.build_temp = folder
 

@@ -36,9 +36,8 @@ def range_minmax(x: Tensor, channels: int, inner: int) -> tuple[Tensor, Tensor]:
     return rows.nan_to_num(float("inf")).amin(1), rows.nan_to_num(-float("inf")).amax(1)
 
 
-def qparams_of_range(lo: Tensor, hi: Tensor, symmetric: bool, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-    """The scale and zero point that cover [min(lo, 0), max(hi, 0)]; an empty or zero range gets scale 1."""
-    dtype = lo.dtype
+def qparams_of_range(lo: Tensor, hi: Tensor, dtype: torch.dtype, symmetric: bool, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+    """The scale and zero point, in ``dtype``, that cover [min(lo, 0), max(hi, 0)]; an empty or zero range gets scale 1."""
     low, high = lo.double().clamp(max=0), hi.double().clamp(min=0)
     scale = torch.maximum(high, -low) / qmax if symmetric else (high - low) / (qmax - qmin)
     usable = (scale > 0) & scale.isfinite()
@@ -63,8 +62,8 @@ def range_errors(
     rows = _rows(x, lo.numel(), inner).nan_to_num(0.0)
     columns = []
     for ratio in ratios.tolist():
-        scale, zero = qparams_of_range(lo.double() * ratio, hi.double() * ratio, symmetric, qmin, qmax)
-        scale, zero = scale.to(rows.dtype)[:, None], zero.to(rows.dtype)[:, None]
+        scale, zero = qparams_of_range(lo.double() * ratio, hi.double() * ratio, rows.dtype, symmetric, qmin, qmax)
+        scale, zero = scale[:, None], zero[:, None]
         quantized = (((rows / scale).round() + zero).clamp(qmin, qmax) - zero) * scale
         columns.append((rows - quantized).abs().double().pow(p).sum(1))
     return torch.stack(columns, 1) if columns else lo.new_empty((lo.numel(), 0), dtype=torch.float64)
@@ -113,5 +112,4 @@ def range_qparams(
     elif rule == 2:
         tail = (100 - percentile) / 200
         low, high = (torch.where(empty, 0.0, _quantile(evidence, low, high, share)) for share in (tail, 1 - tail))
-    scale, zero = qparams_of_range(low, high, symmetric, qmin, qmax)
-    return scale.to(lo.dtype), zero.to(lo.dtype)
+    return qparams_of_range(low, high, lo.dtype, symmetric, qmin, qmax)

@@ -10,10 +10,8 @@ from torch import Tensor
 from fptquant.errors import UserError
 from fptquant.ops import _library, reference_ranges
 from fptquant.quantizers.grid import Granularity, IntegerGrid, Layout, PerChannel, PerTensor, channel_layout
-from fptquant.quantizers.range_method import RangeMethod
+from fptquant.quantizers.range_method import HISTOGRAM_BINS, RULES, RangeMethod
 
-_RULES = {"min_max": 0, "mse": 1, "lp": 1, "percentile": 2}
-HISTOGRAM_BINS = 2048
 _CHUNK = 4096
 """Channels whose histograms are held at once."""
 
@@ -96,10 +94,10 @@ def range_qparams(
 
     ``evidence`` is what ``range_errors`` (mse, lp) or ``range_histogram`` (percentile) gave, None for min_max.
     """
-    ratios = method.ratios().to(lo.device)
+    ratios = torch.tensor(method.ratios(), dtype=torch.float64, device=lo.device)
     if evidence is None:
         evidence = lo.new_empty((lo.numel(), 0), dtype=torch.float64)
-    options = (_RULES[method.method], method.percentile, grid.symmetric, grid.kind, grid.qmin, grid.qmax)
+    options = (RULES[method.method], method.percentile, grid.symmetric, grid.kind, grid.qmin, grid.qmax)
     scale, zero_point = _qparams(lo, hi, evidence, ratios, *options)
     return scale, zero_point
 
@@ -110,7 +108,7 @@ def _evidence(x: Tensor, lo: Tensor, hi: Tensor, method: RangeMethod, grid: Inte
         return None
     if method.method == "percentile":
         return range_histogram(x, lo, hi, bins=HISTOGRAM_BINS, granularity=granularity)
-    ratios = method.ratios().to(x.device)
+    ratios = torch.tensor(method.ratios(), dtype=torch.float64, device=x.device)
     return range_errors(x, lo, hi, ratios, p=method.exponent, grid=grid, granularity=granularity)
 
 
@@ -146,7 +144,9 @@ def set_range(
     layout = channel_layout(granularity, x.shape)
     if layout.outer == 1 and method.method == "percentile":
         rows = x.detach().reshape(layout.channels, layout.inner)
-        parts = [_set_range_of_chunk(part, Layout(1, len(part), layout.inner, ()), method, grid) for part in rows.split(_CHUNK)]
+        parts = [
+            _set_range_of_chunk(part, Layout(1, len(part), layout.inner, ()), method, grid) for part in torch.split(rows, _CHUNK)
+        ]
         if not parts:
             raise UserError("set_range: x has no elements")
         scale, zero_point = (torch.cat(tensors) for tensors in zip(*parts, strict=True))

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from fptquant.errors import UserError
+
+RULES = {"min_max": 0, "mse": 1, "lp": 1, "percentile": 2}
+"""Numbers of the rules in the C core (``fptq_range_rule``)."""
+
+HISTOGRAM_BINS = 2048
+"""Steps of the histogram that percentiles are read from."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,6 @@ class RangeMethod:
 
     Raises:
         UserError: if a setting is out of its bounds; names all of them.
-
-    >>> RangeMethod("lp", candidates=3, lowest_ratio=0.25).ratios()
-    tensor([0.2500, 0.5000, 1.0000], dtype=torch.float64)
     """
 
     method: Literal["min_max", "percentile", "mse", "lp"] = "min_max"
@@ -55,9 +55,11 @@ class RangeMethod:
         """The exponent of the error that the rule minimizes."""
         return 2.0 if self.method == "mse" else self.p
 
-    def ratios(self) -> Tensor:
-        """The clipping ratios tried, float64 [candidates], ascending to 1."""
-        if self.candidates == 1:
-            return torch.ones(1, dtype=torch.float64)
-        steps = torch.linspace(1, 0, self.candidates, dtype=torch.float64)
-        return torch.tensor(self.lowest_ratio, dtype=torch.float64).pow(steps)
+    def ratios(self) -> list[float]:
+        """The clipping ratios tried, ascending to 1.
+
+        >>> RangeMethod("lp", candidates=3, lowest_ratio=0.25).ratios()
+        [0.25, 0.5, 1.0]
+        """
+        steps = max(1, self.candidates - 1)
+        return [self.lowest_ratio ** ((steps - step) / steps) for step in range(steps + 1)][-self.candidates :]

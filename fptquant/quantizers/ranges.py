@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fptquant.errors import UserError
-from fptquant.ops.set_range import HISTOGRAM_BINS, range_errors, range_histogram, range_minmax, range_qparams
+from fptquant.ops.set_range import range_errors, range_histogram, range_minmax, range_qparams
 from fptquant.quantizers.grid import Granularity, IntegerGrid, channel_layout
-from fptquant.quantizers.range_method import RangeMethod
+from fptquant.quantizers.range_method import HISTOGRAM_BINS, RangeMethod
 
 __all__ = ["RangeMethod", "RangeSetter"]
 
@@ -56,7 +56,7 @@ class RangeSetter:
         if self.method.method == "percentile":
             seen = range_histogram(x, self.lo, self.hi, bins=HISTOGRAM_BINS, granularity=self.granularity)
         else:
-            ratios = self.method.ratios().to(x.device)
+            ratios = torch.tensor(self.method.ratios(), dtype=torch.float64, device=x.device)
             seen = range_errors(x, self.lo, self.hi, ratios, p=self.method.exponent, grid=self.grid, granularity=self.granularity)
         self.evidence = seen if self.evidence is None else self.evidence + seen
 

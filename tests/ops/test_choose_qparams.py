@@ -1,0 +1,65 @@
+"""choose_qparams: reference, opcheck, edge cases, instruction sets, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fptquant import ops
+from fptquant._core import build_info, select_isa
+from fptquant.errors import UserError
+from fptquant.ops import reference_ranges
+from fptquant.quantizers.grid import IntegerGrid, PerToken
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_reference_on_every_instruction_set(dtype: torch.dtype, symmetric: bool) -> None:
+    grid = IntegerGrid(4, symmetric)
+    for length in (0, 1, 2, 3, 7, 15, 16, 17, 31, 33, 1023):
+        x = (torch.randn(2, 5, length) * 3).to(dtype)
+        if length > 3:
+            x[0, 0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+            x[1, 1] = 0
+        wanted = reference_ranges.choose_qparams(x, symmetric, 0, grid.qmin, grid.qmax)
+        try:
+            for isa in build_info()["isas_built"].split(", "):
+                try:
+                    select_isa(isa)
+                except ValueError:
+                    continue
+                for mine, reference in zip(ops.choose_qparams(x, grid=grid), wanted, strict=True):
+                    assert mine.shape == (2, 5, 1)
+                    assert torch.equal(mine, reference)
+        finally:
+            select_isa(None)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_error_is_at_most_half_a_step(symmetric: bool) -> None:
+    grid = IntegerGrid(4, symmetric)
+    x = torch.randn(64, 48, dtype=torch.float64) + 0.3
+    scale, zero = ops.choose_qparams(x, grid=grid)
+    error = (ops.fake_quant(x, scale, zero, grid=grid, granularity=PerToken()) - x).abs()
+    # Asymmetric: rounding the zero point may move an end of the range by half a step, where clamping adds it.
+    assert (error <= scale * (0.5 if symmetric else 1.0) + 1e-12).all()
+
+
+def test_zero_rows_and_denormals_give_a_usable_scale() -> None:
+    x = torch.tensor([[0.0, 0.0], [1e-45, 0.0], [math.nan, math.inf]])
+    for symmetric in (True, False):
+        scale, _ = ops.choose_qparams(x, grid=IntegerGrid(8, symmetric))
+        assert scale.flatten().tolist() == [1.0, torch.finfo(torch.float32).tiny, 1.0]
+
+
+def test_opcheck() -> None:
+    torch.library.opcheck(torch.ops.fptquant.choose_qparams.default, (torch.randn(3, 5), False, 0, 0, 15))
+
+
+def test_a_scalar_is_refused() -> None:
+    with pytest.raises(UserError, match="at least one axis"):
+        ops.choose_qparams(torch.tensor(1.0), grid=IntegerGrid(4))
