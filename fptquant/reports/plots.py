@@ -1,0 +1,187 @@
+"""Plots of a run: activation magnitudes before and after the transforms, and the error of every block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fptquant.reports.statistics import PLACES, ActivationStatistics
+
+Array = npt.NDArray[np.float32]
+
+BEFORE, AFTER = "#c8553d", "#2a6f97"
+"""Colors that stay apart for color-blind readers and in print."""
+
+_CYCLE = (AFTER, BEFORE, "#6a994e", "#7b2d8b", "#e09f3e", "#444444")
+_MAP_SIZE = (64, 192)
+"""Cells of a heat map: tokens, channels."""
+_SURFACE_SIZE = (32, 96)
+_SURFACE_SITES = ("attn_in", "v_out", "mlp_in", "down_in")
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure without any window system; pyplot is not touched, so a notebook's settings stay as they are."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _bare(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def shrink(values: Array, size: tuple[int, int]) -> Array:
+    """The largest value of every cell of a coarser raster, so that no outlier is lost.
+
+    Shape:
+        values: [rows, columns]; result: at most ``size``
+
+    >>> shrink(np.array([[1, 9, 2, 3, 4]], dtype=np.float32), (1, 2)).tolist()
+    [[9.0, 4.0]]
+    """
+    for axis in (0, 1):
+        count = min(size[axis], values.shape[axis])
+        starts = np.linspace(0, values.shape[axis], count, endpoint=False).round().astype(np.int64)
+        values = np.maximum.reduceat(values, starts, axis=axis)
+    return values
+
+
+def _map(statistics: ActivationStatistics, name: str, size: tuple[int, int]) -> Array:
+    return shrink(_full_map(statistics, name), size)
+
+
+def _full_map(statistics: ActivationStatistics, name: str) -> Array:
+    """|x| of the layer that this place shows, [tokens, channels]."""
+    magnitude = statistics[name].map
+    assert magnitude is not None
+    values: Array = magnitude.numpy()
+    return values
+
+
+def plot_activations(
+    before: ActivationStatistics, after: ActivationStatistics, path: Path, *, title: str = "Activation magnitudes"
+) -> None:
+    """One row per site: maps of tokens and channels before and after, and the largest and median value of every layer."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import NullFormatter
+
+    figure = _figure(13, 1.75 * len(PLACES) + 0.9)
+    grid = figure.subplots(len(PLACES), 3, width_ratios=(1, 1, 1.15), squeeze=False)
+    figure.suptitle(title, fontsize=14, x=0.01, ha="left", fontweight="bold")
+    for row, (name, place) in enumerate(PLACES.items()):
+        pair = [_map(statistics, name, _MAP_SIZE) for statistics in (before, after)]
+        shapes = [_full_map(statistics, name).shape for statistics in (before, after)]
+        high = max(float(values.max()) for values in pair) or 1.0
+        low = max(min(float(np.median(values)) for values in pair) / 4, high * 1e-6)
+        lowest = min(low, high / 10)
+        norm = LogNorm(vmin=lowest, vmax=high)
+        for column, (values, statistics) in enumerate(zip(pair, (before, after), strict=True)):
+            axes = grid[row, column]
+            extent = (0, shapes[column][1], shapes[column][0], 0)
+            image = axes.imshow(
+                np.maximum(values, lowest), norm=norm, cmap="magma", aspect="auto", extent=extent, interpolation="none"
+            )
+            site = statistics[name]
+            axes.set_title(f"max {_number(site.largest[site.map_layer])}", fontsize=8, loc="right", pad=3)
+            axes.tick_params(labelsize=7)
+            if row == 0:
+                axes.set_title(("before the transforms", "after")[column], fontsize=11, loc="left")
+            if row == len(PLACES) - 1:
+                axes.set_xlabel("channel", fontsize=9)
+        grid[row, 0].set_ylabel(f"{place.title}\nlayer {before[name].map_layer}: token", fontsize=9)
+        bar = figure.colorbar(image, ax=grid[row, :2], shrink=0.9, pad=0.01, aspect=14)
+        bar.ax.tick_params(labelsize=7)
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
+        _plot_layers(grid[row, 2], before, after, name, first=row == 0, last=row == len(PLACES) - 1)
+    figure.savefig(path, dpi=110)
+
+
+def _number(value: float) -> str:
+    """Three figures without powers of ten, as far as magnitudes of activations go."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _plot_layers(
+    axes: Any, before: ActivationStatistics, after: ActivationStatistics, name: str, *, first: bool, last: bool
+) -> None:
+    for statistics, color, word in ((before, BEFORE, "before"), (after, AFTER, "after")):
+        site = statistics[name]
+        layers = range(len(site.largest))
+        axes.semilogy(layers, site.largest, color=color, linewidth=1.8, marker="o", markersize=2.5, label=f"{word}, largest")
+        axes.semilogy(layers, site.median, color=color, linewidth=1.2, linestyle=":", label=f"{word}, median")
+    _bare(axes)
+    axes.tick_params(labelsize=7)
+    axes.set_ylabel("|x|", fontsize=9)
+    if first:
+        axes.set_title("every layer", fontsize=11)
+        axes.legend(fontsize=7, ncols=2, frameon=False, loc="upper left", bbox_to_anchor=(0, 1.02))
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * (high / low) ** 0.35)
+    if last:
+        axes.set_xlabel("layer", fontsize=9)
+
+
+def plot_outliers(before: ActivationStatistics, after: ActivationStatistics, path: Path, *, title: str = "Outliers") -> None:
+    """Magnitude over tokens and channels as a landscape, before above after, each pair of landscapes to the same scale."""
+    from matplotlib.ticker import MaxNLocator
+    from mpl_toolkits.mplot3d import Axes3D  # noqa: F401  registers the projection
+
+    figure = _figure(4.1 * len(_SURFACE_SITES), 7.6)
+    grid = figure.subplots(2, len(_SURFACE_SITES), subplot_kw={"projection": "3d"})
+    figure.suptitle(title, fontsize=15, x=0.01, ha="left", fontweight="bold")
+    for column, name in enumerate(_SURFACE_SITES):
+        height = float(max(_full_map(before, name).max(), _full_map(after, name).max())) or 1.0
+        for row, (word, statistics) in enumerate((("before", before), ("after", after))):
+            axes = grid[row, column]
+            values = _map(statistics, name, _SURFACE_SIZE)
+            magnitude = _full_map(statistics, name)
+            tokens, channels = magnitude.shape
+            x, y = np.meshgrid(np.linspace(0, channels, values.shape[1]), np.linspace(0, tokens, values.shape[0]))
+            axes.plot_surface(
+                x, y, values, cmap="turbo", vmin=0, vmax=height, rcount=values.shape[0],
+                ccount=values.shape[1], linewidth=0, antialiased=False, shade=True,
+            )  # fmt: skip
+            axes.set_zlim(0, height)
+            axes.view_init(elev=24, azim=-58)
+            axes.tick_params(labelsize=7, pad=0)
+            axes.set_xlabel("channel", fontsize=8, labelpad=2)
+            axes.set_ylabel("token", fontsize=8, labelpad=2)
+            heading = f"{PLACES[name].title}, layer {statistics[name].map_layer}\n" if row == 0 else ""
+            axes.set_title(f"{heading}{word}: max |x| = {_number(float(magnitude.max()))}", fontsize=10, y=1.0, pad=-6)
+            axes.set_box_aspect((1.25, 1, 0.8), zoom=0.98)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+    figure.savefig(path, dpi=110)
+
+
+def plot_block_errors(
+    errors: Mapping[str, Sequence[float]], path: Path, *, title: str = "Error of the residual after every block"
+) -> None:
+    """Signal-to-quantization-noise ratio after every block for each method; higher is better."""
+    from matplotlib.ticker import FuncFormatter
+
+    figure = _figure(9.5, 4.6)
+    axes = figure.subplots()
+    figure.suptitle(title, fontsize=13, x=0.01, ha="left", fontweight="bold")
+    for index, (label, values) in enumerate(errors.items()):
+        decibels = -20 * np.log10(np.maximum(np.asarray(values, dtype=np.float64), 1e-8))
+        color = _CYCLE[index % len(_CYCLE)]
+        style = ("-", "--", ":", "-.")[index // len(_CYCLE) % 4]
+        axes.plot(decibels, color=color, linestyle=style, linewidth=1.8, marker="o", markersize=3, label=label)
+    _bare(axes)
+    axes.set_xlabel("block")
+    axes.set_ylabel("SQNR in dB, higher is better")
+    right = axes.secondary_yaxis("right")
+    right.set_ylabel("relative error  ||x - y|| / ||x||")
+    right.yaxis.set_major_formatter(FuncFormatter(lambda decibels, _: f"{10 ** (-decibels / 20):.2g}"))
+    axes.legend(frameon=False, fontsize=9, loc="best")
+    figure.savefig(path, dpi=110)
