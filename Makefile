@@ -1,0 +1,46 @@
+# The project's commands, all of them. CI and CONTRIBUTING.md call exactly these.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.fptquant
+TORCH := torch==2.13.0
+C_FILES := $(shell find csrc tests/csrc -name '*.[ch]')
+
+.PHONY: help setup test lint demo bench clean
+
+help:
+	@echo "make demo   install everything, calibrate SmolLM2-135M and print the table (under 10 minutes)"
+	@echo "make test   every test, the C tests under sanitizers included (under 10 minutes)"
+	@echo "make lint   formatting, lint and types"
+	@echo "make bench  the figures in the README, measured anew"
+	@echo "make setup  only install, into $(VENV)"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fptquant needs Python 3.11 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml setup.py $(shell find csrc -name '*.[ch]') | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(STAMP)
+
+setup: $(STAMP)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+
+demo: setup
+	$(BIN)/fptquant demo --overwrite
+
+bench: setup
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf build $(VENV) *.egg-info fptquant/*.so
