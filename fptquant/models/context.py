@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fptquant.errors import UserError
+
 
 class ForwardContext:
     """State of one forward pass of one model.
@@ -20,6 +22,8 @@ class ForwardContext:
 
     def __init__(self, full_precision_tokens: int = 0) -> None:
         self.full_precision_tokens = full_precision_tokens
+        self.own_layers = False
+        """Whether decoder layers were replaced, so that the library does not find them to record hidden states."""
         self.kept: Tensor | None = None
         self.running_scale: Tensor | None = None
         self.residual: Tensor | None = None
@@ -29,6 +33,7 @@ class ForwardContext:
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardContext:
         """A copied model starts between two passes: tensors of a pass in flight belong to the old one."""
         copied = ForwardContext(self.full_precision_tokens)
+        copied.own_layers = self.own_layers
         memo[id(self)] = copied
         return copied
 
@@ -92,6 +97,12 @@ def begin_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     context.clear()
     names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
     inputs = dict(zip(names, args, strict=False)) | kwargs
+    asked = inputs.get("output_hidden_states") or getattr(module.config, "output_hidden_states", False)
+    if context.own_layers and asked:
+        raise UserError(
+            "output_hidden_states is not possible where the residual is scaled or quantized; "
+            "register forward hooks on the decoder layers instead"
+        )
     tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if tokens is None:
         return  # the model itself reports this mistake

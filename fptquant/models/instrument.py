@@ -175,6 +175,7 @@ def _scale_norms(view: ModelView, context: ForwardContext) -> None:
 
 
 def _replace_layers(view: ModelView, specs: dict[str, QuantizerSpec], context: ForwardContext) -> None:
+    context.own_layers = True
     for block in view.blocks:
         layer = DecoderLayer(block, context)
         layer.attention_residual_quantizer = _build(specs, "residual_attn", _prefix(block))

@@ -17,9 +17,7 @@ from tests.models.tiny import tiny_model, token_ids
 def setting(bits: int = 8, *, dynamic: bool = False, weight_bits: int = 16, **options: Any) -> QuantizationConfig:
     """A quantization config: all activations and caches alike."""
     part = {"bits": bits, "dynamic": dynamic}
-    return QuantizationConfig.model_validate(
-        {"weight": {"bits": weight_bits}, "activation": part, "kv_cache": part, **options}
-    )
+    return QuantizationConfig.model_validate({"weight": {"bits": weight_bits}, "activation": part, "kv_cache": part, **options})
 
 
 def set_ranges(model: PreTrainedModel, ids: Tensor) -> None:

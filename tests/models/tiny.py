@@ -22,9 +22,7 @@ SLIDING: dict[str, dict[str, Any]] = {
 VOCABULARY = 101
 
 
-def tiny_model(
-    architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any
-) -> PreTrainedModel:
+def tiny_model(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
     """A random model in evaluation mode; every parameter is random, biases and gains too."""
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,

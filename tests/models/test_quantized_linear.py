@@ -1,0 +1,82 @@
+"""The quantized linear computes its formula: Hadamard, scale of S_n, quantizers, bias, in that order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fptquant.models.context import ForwardContext
+from fptquant.models.quantized_linear import QuantizedLinear
+from fptquant.ops import hadamard
+from fptquant.quantizers.grid import IntegerGrid, PerChannel, PerTensor
+from fptquant.quantizers.quantizer import Quantizer
+
+
+def linear(*, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(24, 6, bias=bias, dtype=torch.float64)
+
+
+def quantizer(bits: int) -> Quantizer:
+    made = Quantizer(IntegerGrid(bits, symmetric=False), PerTensor(), dynamic=True)
+    made.mode = "on"
+    return made
+
+
+def test_plain_is_the_same_function_of_the_same_parameters() -> None:
+    plain = linear()
+    made = QuantizedLinear(plain, ForwardContext())
+    x = torch.randn(2, 3, 24, dtype=torch.float64)
+    assert made.weight is plain.weight
+    assert made.bias is plain.bias
+    assert torch.equal(made(x), plain(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("where", ["input", "output"])
+def test_scale_divides_the_row(bias: bool, where: str) -> None:
+    plain, context = linear(bias=bias), ForwardContext()
+    made = QuantizedLinear(plain, context)
+    made.scaled = "input" if where == "input" else "output"
+    x = torch.randn(2, 3, 24, dtype=torch.float64)
+    assert torch.equal(made(x), plain(x))  # no running scale outside of a pass
+    context.running_scale = 1 + 100 * torch.rand(2, 3, 1, dtype=torch.float64)
+    torch.testing.assert_close(made(x), plain(x) / context.running_scale, rtol=1e-12, atol=1e-12)
+
+
+def test_order_of_the_steps() -> None:
+    plain, context = linear(), ForwardContext()
+    made = QuantizedLinear(plain, context)
+    made.hadamard_block, made.scaled = 12, "input"
+    made.input_quantizer, made.output_quantizer = quantizer(4), quantizer(5)
+    made.weight_quantizer = Quantizer(IntegerGrid(3), PerChannel(0))
+    made.weight_quantizer.set_range_from(plain.weight)
+    made.weight_quantizer.mode = "on"
+    context.running_scale = torch.tensor([[[2.0], [300.0]]], dtype=torch.float64)
+    x = torch.randn(1, 2, 24, dtype=torch.float64)
+    prepared = made.input_quantizer(hadamard(x / context.running_scale, block_size=12))
+    torch.testing.assert_close(made.prepare_input(x), prepared, rtol=1e-12, atol=1e-12)
+    y = F.linear(prepared, made.weight_quantizer(plain.weight)) + plain.bias / context.running_scale
+    torch.testing.assert_close(made(x), made.output_quantizer(y), rtol=1e-12, atol=1e-12)
+
+
+def test_kept_tokens_skip_both_quantizers() -> None:
+    plain, context = linear(), ForwardContext()
+    made = QuantizedLinear(plain, context)
+    made.input_quantizer, made.output_quantizer = quantizer(2), quantizer(2)
+    context.kept = torch.tensor([[True, False]])
+    x = torch.randn(1, 2, 24, dtype=torch.float64)
+    result = made(x)
+    torch.testing.assert_close(result[:, 0], plain(x)[:, 0])
+    assert (result[:, 1] - plain(x)[:, 1]).abs().max() > 1e-2
+
+
+def test_narrow_dtypes_stay_narrow() -> None:
+    plain, context = linear().bfloat16(), ForwardContext()
+    for where in ("input", "output"):
+        made = QuantizedLinear(plain, context)
+        made.scaled = "input" if where == "input" else "output"
+        context.running_scale = torch.full((1, 2, 1), 3.0)
+        assert made(torch.randn(1, 2, 24).bfloat16()).dtype == torch.bfloat16
