@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,11 +42,13 @@ def load_model(
             a hub name that cannot be had, NaN or infinity in the weights (names the tensor).
     """
     source = _resolve(str(name))
+    cached_only = False
     if Path(source).is_dir():
         _check_folder(Path(source))
     else:
-        _check_hub_config(source)
-    model, tokenizer = _load(source, dtype)
+        cached_only = not _hub_can_be_reached()
+        _check_hub_config(source, cached_only)
+    model, tokenizer = _load(source, dtype, cached_only)
     _check_finite(model)
     torch.nn.Module.to(model, device)
     return model.train(False), tokenizer
@@ -57,9 +62,11 @@ def _resolve(name: str) -> str:
         return str(path)
     if path.exists():
         raise UserError(f"{name} is a file; name the folder that holds config.json and model.safetensors")
-    looks_like_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or os.sep == "\\" in name
+    looks_like_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if looks_like_path:
         raise UserError(f"model folder {name} does not exist; name a folder, a hub name, or {SMOLLM2_NAME}")
+    if get_close_matches(name, [SMOLLM2_NAME]):
+        raise UserError(f"there is no model {name}; did you mean {SMOLLM2_NAME}?")
     return name
 
 
@@ -106,11 +113,26 @@ def _check_weights(path: Path) -> None:
         raise UserError(f"{path} is corrupt or cut short ({error}); copy or download the model again") from error
 
 
-def _check_hub_config(name: str) -> None:
+def _hub_can_be_reached() -> bool:
+    """Whether the hub's name resolves: without this look, the hub's client retries for half a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if getproxies():  # then names are resolved elsewhere
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _check_hub_config(name: str, cached_only: bool) -> None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, local_files_only=cached_only)
     except Exception as error:
         raise _unavailable(name, error) from error
     _check_architectures(config.architectures, name)
@@ -125,16 +147,18 @@ def _unavailable(name: str, error: Exception) -> UserError:
     )
 
 
-def _load(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(source: str, dtype: torch.dtype, cached_only: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=cached_only)
     except Exception as error:
         raise UserError(f"the tokenizer of {source} cannot be loaded: {error}") from error
     try:
         with quiet_weight_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, local_files_only=cached_only, output_loading_info=True
+            )
             model, info = loaded
     except Exception as error:
         raise UserError(f"the weights of {source} cannot be loaded: {error}") from error
