@@ -1,0 +1,1 @@
+"""Stages: each a function of a model, in the order of the pipeline."""

@@ -1,0 +1,34 @@
+"""Function-preserving transforms: mathematics only, no model knowledge."""
+
+from fptquant.transforms.base import Start, Transform
+from fptquant.transforms.down_hadamard import DownHadamard
+from fptquant.transforms.order import (
+    BlockTransforms,
+    ModelSizes,
+    ModelTransforms,
+    TransformOptions,
+    build_transforms,
+    check_transforms,
+)
+from fptquant.transforms.query_key_rotation import QueryKeyRotation
+from fptquant.transforms.residual_rotation import ResidualRotation
+from fptquant.transforms.residual_scaling import ResidualScaling
+from fptquant.transforms.up_scaling import UpScaling
+from fptquant.transforms.value_mixing import ValueMixing
+
+__all__ = [
+    "BlockTransforms",
+    "DownHadamard",
+    "ModelSizes",
+    "ModelTransforms",
+    "QueryKeyRotation",
+    "ResidualRotation",
+    "ResidualScaling",
+    "Start",
+    "Transform",
+    "TransformOptions",
+    "UpScaling",
+    "ValueMixing",
+    "build_transforms",
+    "check_transforms",
+]

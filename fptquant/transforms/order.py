@@ -1,0 +1,182 @@
+"""The transforms of a whole model, and the order in which they apply.
+
+Order of merging: T_r (rows and columns of every weight turn), then T_k, T_v, T_u of each block, T_d last: the down
+projection's columns are divided by T_u's scales first and transformed by T_d then, because at run time T_d acts on the
+scaled activation. S_n acts at run time only. Local optimization looks at the weights after T_r and before T_d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fptquant.errors import UserError
+from fptquant.transforms.base import Start, Transform
+from fptquant.transforms.down_hadamard import DownHadamard
+from fptquant.transforms.query_key_rotation import QueryKeyRotation
+from fptquant.transforms.residual_rotation import ResidualRotation
+from fptquant.transforms.residual_scaling import ResidualScaling, Where
+from fptquant.transforms.up_scaling import UpScaling
+from fptquant.transforms.value_mixing import Constraint, ValueMixing
+
+BLOCK_ORDER = ("query_key_rotation", "value_mixing", "up_scaling", "down_hadamard")
+"""Transforms of a block, in the order in which they are merged."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What transforms need to know about a model: sizes, no names."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float = 1e-5
+    has_qk_norm: bool = False
+
+
+@dataclass(frozen=True)
+class TransformOptions:
+    """Which transforms are used, and from where they start; the field names are those of configs."""
+
+    query_key_rotation: bool = False
+    value_mixing: Start | None = None
+    value_constraint: Constraint = "none"
+    up_scaling: bool = False
+    residual_rotation: Start | None = None
+    down_hadamard: bool = False
+    down_hadamard_block: int | None = None
+    residual_scaling: Where | None = None
+
+
+class BlockTransforms(nn.Module):
+    """The transforms of one decoder block; those not in use are None."""
+
+    def __init__(
+        self,
+        query_key_rotation: QueryKeyRotation | None = None,
+        value_mixing: ValueMixing | None = None,
+        up_scaling: UpScaling | None = None,
+        down_hadamard: DownHadamard | None = None,
+    ) -> None:
+        super().__init__()
+        self.query_key_rotation = query_key_rotation
+        self.value_mixing = value_mixing
+        self.up_scaling = up_scaling
+        self.down_hadamard = down_hadamard
+
+    def used(self) -> Iterator[Transform]:
+        """The transforms in use, in the order of merging."""
+        return (transform for name in BLOCK_ORDER if (transform := getattr(self, name)) is not None)
+
+
+class ModelTransforms(nn.Module):
+    """The transforms of a whole model."""
+
+    blocks: nn.ModuleList
+
+    def __init__(
+        self,
+        blocks: list[BlockTransforms],
+        residual_rotation: ResidualRotation | None = None,
+        residual_scaling: ResidualScaling | None = None,
+    ) -> None:
+        super().__init__()
+        self.residual_rotation = residual_rotation
+        self.residual_scaling = residual_scaling
+        self.blocks = nn.ModuleList(blocks)
+
+    def block(self, index: int) -> BlockTransforms:
+        """The transforms of decoder block ``index``."""
+        block = self.blocks[index]
+        assert isinstance(block, BlockTransforms)
+        return block
+
+    def used(self) -> Iterator[Transform]:
+        """All transforms in use, in the order of merging."""
+        for transform in (self.residual_rotation, self.residual_scaling):
+            if transform is not None:
+                yield transform
+        for index in range(len(self.blocks)):
+            yield from self.block(index).used()
+
+    @property
+    def fully_mergeable(self) -> bool:
+        """Whether nothing is left to do at run time once everything is merged."""
+        return all(transform.mergeable for transform in self.used())
+
+    def randomize_(self, generator: torch.Generator | None = None, spread: float = 0.3) -> None:
+        """Random parameters everywhere (for tests)."""
+        for transform in self.used():
+            transform.randomize_(generator, spread)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What is used: the model's transforms, then those of each block with the block's index."""
+        whole = [t.describe() for t in (self.residual_rotation, self.residual_scaling) if t is not None]
+        blocks = ({"block": i, **t.describe()} for i in range(len(self.blocks)) for t in self.block(i).used())
+        return [*whole, *blocks]
+
+
+def check_transforms(sizes: ModelSizes, options: TransformOptions) -> None:
+    """Finds what cannot work, before any work is done.
+
+    Raises:
+        UserError: for T_k on a model whose queries and keys are normalized; for impossible Hadamard sizes.
+    """
+    if options.query_key_rotation and sizes.has_qk_norm:
+        raise UserError(
+            "T_k (query_key_rotation) does not preserve the function of this model: norms of queries and keys "
+            "(q_norm, k_norm) sit between the projections and RoPE. Remove transforms.query_key_rotation; the other "
+            "transforms work."
+        )
+    if options.down_hadamard:
+        DownHadamard(sizes.intermediate_size, options.down_hadamard_block)
+    if options.value_mixing is not None:
+        ValueMixing(1, sizes.head_dim, start=options.value_mixing, constraint=options.value_constraint)
+
+
+def build_transforms(sizes: ModelSizes, options: TransformOptions, *, seed: int = 0) -> ModelTransforms:
+    """Transforms at their starts: T_k and T_u do nothing yet, T_v and T_r are what their start says.
+
+    Raises:
+        UserError: as `check_transforms`.
+
+    >>> sizes = ModelSizes(2, hidden_size=24, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8)
+    >>> options = TransformOptions(up_scaling=True, residual_rotation="random_hadamard")
+    >>> [transform.symbol for transform in build_transforms(sizes, options).used()]
+    ['T_r', 'T_u', 'T_u']
+    """
+    check_transforms(sizes, options)
+
+    def value_mixing(index: int) -> ValueMixing | None:
+        if options.value_mixing is None:
+            return None
+        return ValueMixing(
+            sizes.num_kv_heads,
+            sizes.head_dim,
+            start=options.value_mixing,
+            constraint=options.value_constraint,
+            seed=seed + 1 + index,
+        )
+
+    blocks = [
+        BlockTransforms(
+            QueryKeyRotation(sizes.num_kv_heads, sizes.head_dim) if options.query_key_rotation else None,
+            value_mixing(index),
+            UpScaling(sizes.intermediate_size) if options.up_scaling else None,
+            DownHadamard(sizes.intermediate_size, options.down_hadamard_block) if options.down_hadamard else None,
+        )
+        for index in range(sizes.num_layers)
+    ]
+    rotation, scaling = options.residual_rotation, options.residual_scaling
+    return ModelTransforms(
+        blocks,
+        ResidualRotation(sizes.hidden_size, start=rotation, seed=seed) if rotation is not None else None,
+        ResidualScaling(sizes.norm_eps, scaling) if scaling is not None else None,
+    )

@@ -1,0 +1,123 @@
+"""T_v: an invertible matrix per key/value head on the values, undone in the output projection."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fptquant import ops
+from fptquant.errors import UserError
+from fptquant.transforms.base import Start, Transform, compute_dtype, generator, start_matrix
+
+Constraint = Literal["none", "orthogonal"]
+"""What the matrices of T_v may be: any that can be inverted, or orthogonal ones."""
+
+
+class ValueMixing(Transform):
+    """Multiplies the values of each key/value head by an invertible matrix.
+
+    M_k = expm(E_k) B_k, with the parameter E_k (``log_mixing``, zero at first) and the fixed base B_k. Under the
+    constraint ``orthogonal`` E_k is replaced by its antisymmetric part E_k - E_k^T and B_k is orthogonal.
+    forward:  v' = M_k v;  inverse: v = M_k^-1 v'.
+    Attention mixes tokens, not dimensions, so the matrix passes through it. The determinant of expm(E) is exp(trace E),
+    never zero: no step of an optimizer can make M singular, and cond(M) <= cond(B) exp(2 |E|).
+
+    Shape: log_mixing, base, matrix() [K, D, D]; values [..., K * D]; attention outputs [..., heads * D];
+    v_proj weight [K * D, in] or bias [K * D] (side ``value``), o_proj weight [out, heads * D] (side ``output``; its
+    bias is not touched).
+
+    Source: FPTQuant (arXiv 2506.04985), multi-head value transform; the exponential parameter is this project's choice.
+
+    Raises:
+        UserError: if there is no Hadamard matrix of size head_dim (choose another start), or the constraint is unknown.
+    """
+
+    symbol: ClassVar[str] = "T_v"
+    name: ClassVar[str] = "value_mixing"
+    mergeable: ClassVar[bool] = True
+    online: ClassVar[bool] = False
+    sides: ClassVar[tuple[str, ...]] = ("value", "output")
+
+    base: Tensor
+
+    def __init__(
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        start: Start = "hadamard",
+        constraint: Constraint = "none",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if constraint not in get_args(Constraint):
+            raise UserError(f"constraint {constraint!r} is not known; choose one of {', '.join(get_args(Constraint))}")
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.start: Start = start
+        self.constraint: Constraint = constraint
+        rng = generator(seed)
+        self.register_buffer("base", torch.stack([start_matrix(start, head_dim, rng) for _ in range(num_kv_heads)]))
+        self.log_mixing = nn.Parameter(torch.zeros(num_kv_heads, head_dim, head_dim))
+
+    def matrix(self) -> Tensor:
+        """The matrices M [K, D, D], float64, differentiable in ``log_mixing``."""
+        exponent = self.log_mixing.double()
+        if self.constraint == "orthogonal":
+            exponent = exponent - exponent.mT
+        return torch.linalg.matrix_exp(exponent) @ self.base
+
+    def set_matrix_(self, matrix: Tensor) -> None:
+        """Makes ``matrix`` [K, D, D] the base, and the parameter zero."""
+        if matrix.shape != self.base.shape:
+            raise UserError(f"T_v needs matrices of shape {list(self.base.shape)}, not {list(matrix.shape)}")
+        with torch.no_grad():
+            self.base.copy_(matrix)
+            self.log_mixing.zero_()
+
+    def condition_numbers(self) -> Tensor:
+        """Largest over smallest singular value of each matrix, [K]."""
+        return torch.linalg.cond(self.matrix().detach())
+
+    def group(self, features: int) -> int:
+        """Query heads that share one key/value head, where there are ``features`` = heads * head_dim in all."""
+        unit = self.num_kv_heads * self.head_dim
+        if features % unit or features == 0:
+            raise UserError(
+                f"T_v of {self.num_kv_heads} value heads of {self.head_dim} dimensions does not fit {features} "
+                f"features: a multiple of {unit} is needed"
+            )
+        return features // unit
+
+    def _multiply(self, x: Tensor, matrix: Tensor) -> Tensor:
+        dtype, group = compute_dtype(x), self.group(x.shape[-1])
+        heads = x.to(dtype).unflatten(-1, (-1, self.head_dim))
+        mixed = matrix.to(dtype).repeat_interleave(group, dim=0) @ heads.unsqueeze(-1)
+        return mixed.squeeze(-1).flatten(-2).to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixes values [..., K * D]."""
+        return self._multiply(x, self.matrix())
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Undoes the mixing, of values [..., K * D] or of attention outputs [..., heads * D]."""
+        return self._multiply(x, torch.linalg.inv(self.matrix()))
+
+    def merge_into(self, weight: Tensor, side: str) -> Tensor:
+        self._check_side(side)
+        group = self.group(weight.shape[0 if side == "value" else -1])
+        wide = weight.double() if weight.dim() == 2 else weight.double().unsqueeze(-1)
+        merged = ops.merge_value(wide, self.matrix(), group=group, inverse=side == "output")
+        return merged.reshape(weight.shape).to(weight.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            **super().describe(),
+            "value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "start": self.start,
+            "constraint": self.constraint,
+            "largest_condition_number": float(self.condition_numbers().max()),
+        }
