@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
 
 from fptquant import ops
@@ -101,10 +102,8 @@ def instrument(
 def _check(view: ModelView, weight: QuantizerSpec | None, block_size: int | None) -> None:
     if hasattr(view.decoder, "context"):
         raise UserError("this model is prepared for quantization already; load it anew for another setting")
-    if block_size is not None:
-        if view.intermediate_size % block_size:
-            raise UserError(f"Hadamard block size {block_size} does not divide intermediate_size {view.intermediate_size}")
-        ops.hadamard_matrix(block_size)  # its error names the sizes that are possible
+    if block_size is not None:  # its error names the sizes that are possible
+        ops.hadamard(torch.zeros(1, view.intermediate_size), block_size=block_size)
     if weight is not None and isinstance(weight.granularity, PerGroup):
         size = weight.granularity.group_size
         for name, linear in view.blocks[0].linears():

@@ -39,8 +39,10 @@ def load_model(
 
     Raises:
         UserError: a missing or corrupt folder (names the file), an unsupported architecture (before weights are read),
-            a hub name that cannot be had, NaN or infinity in the weights (names the tensor).
+            a hub name that cannot be had, a device that this machine lacks, NaN or infinity in the weights (names the
+            tensor).
     """
+    _check_device(device)
     source = _resolve(str(name))
     cached_only = False
     if Path(source).is_dir():
@@ -52,6 +54,15 @@ def load_model(
     _check_finite(model)
     torch.nn.Module.to(model, device)
     return model.train(False), tokenizer
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device} cannot be used ({reason}); choose cpu, or a device that this machine has") from error
 
 
 def _resolve(name: str) -> str:

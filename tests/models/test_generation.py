@@ -61,6 +61,8 @@ def test_left_padding_changes_no_token(architecture: str, name: str) -> None:
         both = generate(model, padded, attention_mask=mask, use_cache=use_cache)
         assert torch.equal(both[:1], generate(model, long, use_cache=use_cache))
         assert torch.equal(both[1:, 4:], generate(model, short, use_cache=use_cache))
+    static = StaticCache(config=model.config, max_cache_len=9 + NEW_TOKENS)
+    assert torch.equal(generate(model, padded, attention_mask=mask, past_key_values=static), both)
 
 
 @pytest.mark.parametrize("sliding", [False, True])

@@ -246,7 +246,7 @@ def test_linears_share_their_parameters(architecture: str) -> None:
     ("options", "transforms", "message"),
     [
         ({"weight": {"bits": 4, "granularity": "per_group", "group_size": 36}}, {}, "group_size = 36 does not divide"),
-        ({}, {"down_hadamard": True, "down_hadamard_block": 7}, "7 does not divide"),
+        ({}, {"down_hadamard": True, "down_hadamard_block": 7}, "block_size = 7 does not divide"),
     ],
 )
 def test_errors_change_nothing(architecture: str, options: Any, transforms: Any, message: str) -> None:
@@ -256,6 +256,13 @@ def test_errors_change_nothing(architecture: str, options: Any, transforms: Any,
     assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
     with pytest.raises(UserError, match="call instrument first"):
         get_context(model)
+
+
+def test_impossible_hadamard_size_names_possible_ones(architecture: str) -> None:
+    model = tiny_model(architecture, intermediate_size=94)
+    with pytest.raises(UserError, match=r"94.*(92|96)"):
+        instrument(model, setting(8), down_hadamard=True)
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 def _with(options: dict[str, Any]) -> Any:

@@ -164,6 +164,12 @@ def test_hub_name_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
         load_model("nobody/nothing")
 
 
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_device_that_is_not_there(device: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"device {device} cannot be used"):
+        load_model(write_model(tmp_path), device=device)
+
+
 def test_misspelt_name() -> None:
     with pytest.raises(UserError, match=r"no model smolm2-135m; did you mean smollm2-135m\?"):
         load_model("smolm2-135m")
