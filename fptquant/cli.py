@@ -1,0 +1,221 @@
+"""The command line: what can be run, what it means, and running it.
+
+Nothing heavy is imported before it is needed, so that help is quick. A mistake of the user ends with one message and exit
+code 2, an interruption with 130.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fptquant.errors import UserError
+
+if TYPE_CHECKING:
+    from fptquant.config.schema import Config
+
+_Arguments = ParamSpec("_Arguments")
+
+app = typer.Typer(
+    name="fptquant",
+    help="4-bit language models by function-preserving transforms: calibrate, evaluate, compare.",
+    epilog=(
+        "[bold]Start here[/bold]\n\n"
+        "[cyan]fptquant ls[/]: what there is\n\n"
+        "[cyan]fptquant show fptquant-local[/]: what a method does\n\n"
+        "[cyan]fptquant run rtn quantization=w4a8kv8-static[/]: calibrate, evaluate, report\n\n"
+        "[cyan]fptquant demo[/]: one table of full precision, RTN and FPTQuant\n\n"
+        "Any setting follows the config's name: local.method=adamw seed=1"
+    ),
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+File = Annotated[str, typer.Argument(metavar="FILE", help="A YAML file, or the name of a shipped method (fptquant ls).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings in place of the file's, such as quantization=w4a4kv4-static."),
+]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder for the results, in place of output=FOLDER.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the output folder holds.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads; all cores by default.")]
+Save = Annotated[bool, typer.Option("--save/--no-save", help="Write the calibrated model into the run folder.")]
+
+
+def _guard(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+    """Turns a user's mistake into a message and exit code 2, and Ctrl-C into exit code 130."""
+
+    @functools.wraps(command)
+    def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+        errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            if kwargs.get("debug"):
+                errors.print_exception()
+            errors.print(f"[bold red]error:[/] {escape(str(error))}")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            errors.print("interrupted; nothing was left half-written")
+            raise typer.Exit(130) from None
+
+    return guarded
+
+
+@app.command("ls", epilog="Next: fptquant show NAME")
+@_guard
+def ls(debug: Debug = False) -> None:
+    """List methods, settings, models and texts."""
+    from rich.table import Table
+
+    from fptquant.config.labels import EXAMPLE_LABELS
+    from fptquant.config.loading import describe_config, shipped_configs
+    from fptquant.data.text import TEXT_SOURCES
+    from fptquant.models.adapter import supported_architectures
+
+    methods = {name: describe_config(path) for name, path in shipped_configs().items() if path.parent.name == "methods"}
+    models = {
+        "smollm2-135m": "SmolLM2-135M-Instruct, fetched once and kept in the cache folder",
+        "FOLDER or HUB/NAME": f"a Hugging Face model: {', '.join(supported_architectures())}",
+    }
+    texts = {**TEXT_SOURCES, "FILE.txt, FILE.jsonl": "your own text; a line of .jsonl is an object with a text"}
+    parts = {"methods": methods, "settings (quantization=...)": EXAMPLE_LABELS, "models (model=...)": models}
+    for title, entries in {**parts, "texts (calibration.text=..., evaluation.text=...)": texts}.items():
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2), title_style="bold")
+        table.add_column(no_wrap=True, style="cyan")
+        table.add_column()
+        for name, description in entries.items():
+            table.add_row(escape(name), escape(description))
+        Console(highlight=False).print(table, "")
+
+
+@app.command("show", epilog="Example: fptquant show fptquant-local quantization=w4a4kv4-dynamic")
+@_guard
+def show(name: File, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Show a config with every default filled in, and what each of its transforms does."""
+    from rich.syntax import Syntax
+    from rich.table import Table
+
+    from fptquant.config.loading import describe_config, dump_config, find_config, load_config
+
+    config = load_config(name, *(overrides or ()))
+    console = Console(highlight=False)
+    console.print(f"[bold]{config.name}[/]: {escape(describe_config(find_config(name)))}\n")
+    grid = Table.grid(padding=(0, 2))
+    for transform in config.transforms.used:
+        description = (type(getattr(config.transforms, transform)).__doc__ or "").strip()
+        grid.add_row(f"[cyan]{transform}[/]", escape(description))
+    if not config.transforms.used:
+        grid.add_row("[cyan]transforms[/]", "none")
+    grid.add_row("[cyan]setting[/]", escape(config.quantization.setting))
+    console.print(grid, "")
+    console.print(Syntax(dump_config(config), "yaml", background_color="default"))
+
+
+@app.command("validate", epilog="Example: fptquant validate my.yaml quantization.weight.bits=3")
+@_guard
+def validate(file: File, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Check a config; every mistake is listed with its path in the file."""
+    config = _load(file, overrides, None)
+    used = ", ".join(config.transforms.used) or "no transforms"
+    Console(highlight=False).print(f"{escape(file)} is valid: {config.name}, {config.quantization.setting}, {used}")
+
+
+@app.command(
+    "run",
+    epilog=(
+        "[bold]Examples[/bold]\n\n"
+        "fptquant run fptquant-local quantization=w4a8kv8-static\n\n"
+        "fptquant run configs/methods/rtn.yaml model=./my-model output=runs/mine evaluation.text=wikitext2"
+    ),
+)
+@_guard
+def run(
+    file: File,
+    overrides: Overrides = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    save: Save = True,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Calibrate a model, compare it with full precision, and write a run folder.
+
+    The folder holds the config, versions, metrics as JSON, the table as Markdown, plots, and the calibrated model.
+    """
+    config = _load(file, overrides, output)
+    _run([config], f"{config.name} on {config.model}", config.output_folder, overwrite, save, threads)
+
+
+@app.command("demo", epilog="Example: fptquant demo 'settings=[w4a8kv8-static]' --output runs/quick")
+@_guard
+def demo(
+    overrides: Overrides = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    save: Save = False,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Make one table: full precision, round to nearest, and FPTQuant with local optimization.
+
+    What is compared stands in configs/demo.yaml; its keys can be set like those of any config.
+    """
+    from fptquant.config.loading import load_config, load_demo_config
+
+    table = load_demo_config("configs/demo.yaml", *(overrides or ()), *_output_override(output))
+    configs = [
+        load_config(method, f"model={json.dumps(table.model)}", f"quantization={setting}", *table.overrides)
+        for setting in table.settings
+        for method in table.methods
+    ]
+    _run(configs, f"{table.name}: {table.model}", table.output_folder, overwrite, save, threads)
+
+
+def _output_override(output: str | None) -> list[str]:
+    return [] if output is None else [f"output={json.dumps(output)}"]
+
+
+def _load(file: str, overrides: list[str] | None, output: str | None) -> Config:
+    from fptquant.config.loading import load_config
+
+    return load_config(file, *(overrides or ()), *_output_override(output))
+
+
+def _run(configs: list[Config], title: str, output: str, overwrite: bool, save: bool, threads: int | None) -> None:
+    from fptquant.reports.run_folder import check_output
+
+    check_output(output, overwrite=overwrite)  # before torch is imported, which takes seconds
+    import torch
+
+    from fptquant.reports.experiment import run_experiment
+    from fptquant.reports.progress import Progress
+    from fptquant.reports.table import rich_table
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with Progress() as progress:
+        experiment = run_experiment(configs, title=title, output=output, overwrite=overwrite, save=save, progress=progress)
+    console = Console(highlight=False)
+    console.print(rich_table(experiment.rows, title=title))
+    console.print(f"written to {escape(str(experiment.folder))}")
+
+
+def main() -> None:
+    """Entry point of ``fptquant``."""
+    try:
+        app(prog_name="fptquant")
+    except BrokenPipeError:
+        # The reader (head, less) has left: not an error worth a traceback.
+        sys.exit(0)

@@ -1,0 +1,231 @@
+"""A run from beginning to end: check, load, measure in full precision, calibrate, measure again, write it all down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fptquant.config.loading import dump_config
+from fptquant.config.schema import Config
+from fptquant.diagnostics import diagnostics
+from fptquant.errors import UserError
+from fptquant.evaluation.evaluate import build_reference, evaluate_windows, evaluation_windows
+from fptquant.evaluation.teacher import ProgressCallback, TeacherCache
+from fptquant.models.adapter import view_model
+from fptquant.models.loading import load_model
+from fptquant.reports.plots import plot_activations, plot_block_errors, plot_outliers
+from fptquant.reports.run_folder import check_output, run_folder, write_json
+from fptquant.reports.statistics import (
+    ActivationStatistics,
+    ResidualTrace,
+    block_errors,
+    collect_activations,
+    map_layers_of,
+    trace_residuals,
+)
+from fptquant.reports.table import Row, markdown_table
+from fptquant.stages.calibrate import CalibrationResult, calibrate, calibration_windows, transform_options
+from fptquant.stages.merge_transforms import model_sizes
+from fptquant.transforms import check_transforms
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_REPORT_BYTES = 5_000_000
+"""Room for plots, tables and configs."""
+_PLOT_TOKENS = 256
+"""Tokens of the first evaluation window that the plots look at."""
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one method in one setting."""
+
+    config: Config
+    row: Row
+    calibration: dict[str, Any]
+    """Metrics of the calibration: seconds of each stage, and what the stages report."""
+    errors: list[float]
+    """Relative error of the residual after every block."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.config.name} {self.config.quantization.label}"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The full-precision model, and what it does on the evaluation text."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    cache: TeacherCache
+    row: Row
+    trace: ResidualTrace
+    activations: ActivationStatistics
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Rows of the table, full precision first, and where everything was written."""
+
+    rows: list[Row]
+    folder: Path
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that ``auto`` or a name means.
+
+    Raises:
+        UserError: if CUDA is asked for and not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device = {name}: PyTorch finds no CUDA device here; choose device=cpu or device=auto")
+    return torch.device(name)
+
+
+def run_experiment(
+    configs: Sequence[Config],
+    *,
+    title: str,
+    output: str | Path,
+    overwrite: bool = False,
+    save: bool = False,
+    progress: ProgressCallback,
+) -> Experiment:
+    """Runs several configs on one model and writes one run folder.
+
+    The configs share model, dtype, device and evaluation, which are those of the first. With ``save`` each calibrated
+    model is written into the run folder.
+
+    Raises:
+        UserError: for everything that can be known to fail, before any long work begins.
+    """
+    first = configs[0]
+    check_output(output, overwrite=overwrite, needed_bytes=_REPORT_BYTES)
+    device = resolve_device(first.device)
+    model, tokenizer = load_model(first.model, dtype=DTYPES[first.dtype], device=device)
+    check_output(output, overwrite=overwrite, needed_bytes=_needed_bytes(model, len(configs) if save else 0))
+    for config in configs:
+        preflight(model, tokenizer, config)
+    baseline = _measure_baseline(model, tokenizer, first, progress)
+    with run_folder(output, overwrite=overwrite) as folder:
+        (folder / "plots").mkdir()
+        outcomes = [_run_config(baseline, config, folder, save, len(configs) > 1, progress) for config in configs]
+        rows = [baseline.row, *(outcome.row for outcome in outcomes)]
+        _write(folder, configs, baseline, outcomes, title)
+    return Experiment(rows, Path(output))
+
+
+def preflight(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    """Everything that a config asks of a model and of the texts, in seconds.
+
+    Raises:
+        UserError: if a transform does not fit the model, a Hadamard size is impossible, a window is longer than the
+            model's context, a group does not divide a layer, or a text is too short.
+    """
+    view = view_model(model)
+    check_transforms(model_sizes(view), transform_options(config))
+    group = config.quantization.weight.group_size
+    for name, linear in view.blocks[0].linears():
+        if group is not None and linear.in_features % group:
+            raise UserError(
+                f"quantization.weight.group_size = {group} does not divide the {linear.in_features} inputs of {name}; "
+                "choose a divisor of every layer's inputs"
+            )
+    calibration_windows(model, tokenizer, config)
+    settings = config.evaluation
+    evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)
+
+
+def _needed_bytes(model: PreTrainedModel, saved: int) -> int:
+    parameters = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    # Untying adds a head as large as the embedding, at most as much again; the smaller files are within the rest.
+    embedding = view_model(model).embedding.weight
+    return _REPORT_BYTES + saved * int(1.05 * (parameters + embedding.numel() * embedding.element_size()))
+
+
+def _measure_baseline(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, progress: ProgressCallback
+) -> Baseline:
+    settings = config.evaluation
+    cache, evaluation = build_reference(
+        model, tokenizer, text=settings.text, windows=settings.windows, window=settings.window, progress=progress
+    )
+    tokens = cache.tokens[0, :_PLOT_TOKENS]
+    row = Row("full precision", config.dtype, evaluation, evaluation.seconds)
+    return Baseline(model, tokenizer, cache, row, trace_residuals(model, tokens), collect_activations(model, tokens))
+
+
+def _run_config(baseline: Baseline, config: Config, folder: Path, save: bool, several: bool, progress: ProgressCallback) -> Outcome:
+    label = f"{config.name} {config.quantization.label}: " if several else ""
+
+    def labeled(done: int, total: int, description: str) -> None:
+        progress(done, total, label + description)
+
+    start = time.perf_counter()
+    result: CalibrationResult = calibrate(baseline.model, baseline.tokenizer, config, progress=labeled)
+    cache = baseline.cache
+    evaluation = evaluate_windows(result.model, cache.tokens, text_name=cache.text_name, reference=cache, progress=labeled)
+    row = Row(config.name, config.quantization.setting, evaluation, time.perf_counter() - start)
+    tokens = cache.tokens[0, :_PLOT_TOKENS]
+    errors = block_errors(baseline.trace, trace_residuals(result.model, tokens))
+    name = f"{config.name}-{config.quantization.label}"
+    if config.transforms.used:
+        _plot_magnitudes(baseline, result, folder / "plots", f"-{name}" if several else "")
+    if save:
+        result.save(folder / "models" / name if several else folder / "model")
+    return Outcome(config, row, dict(result.metrics), errors)
+
+
+def _plot_magnitudes(baseline: Baseline, result: CalibrationResult, plots: Path, suffix: str) -> None:
+    config = result.config
+    tokens = baseline.cache.tokens[0, :_PLOT_TOKENS]
+    after = collect_activations(result.model, tokens, map_layers=map_layers_of(baseline.activations))
+    what = f"{config.model}, {config.name}, {config.quantization.label}"
+    plot_activations(baseline.activations, after, plots / f"activations{suffix}.png", title=f"Activation magnitudes: {what}")
+    plot_outliers(baseline.activations, after, plots / f"outliers{suffix}.png", title=f"Outliers: {what}")
+
+
+def _write(folder: Path, configs: Sequence[Config], baseline: Baseline, outcomes: Sequence[Outcome], title: str) -> None:
+    rows = [baseline.row, *(outcome.row for outcome in outcomes)]
+    plot_block_errors({outcome.key: outcome.errors for outcome in outcomes}, folder / "plots" / "block_errors.png")
+    (folder / "table.md").write_text(markdown_table(rows, title=title), encoding="utf-8")
+    if len(configs) == 1:
+        (folder / "config.yaml").write_text(dump_config(configs[0]), encoding="utf-8")
+    else:
+        (folder / "configs").mkdir()
+        for config in configs:
+            path = folder / "configs" / f"{config.name}-{config.quantization.label}.yaml"
+            path.write_text(dump_config(config), encoding="utf-8")
+    write_json(
+        folder / "environment.json",
+        {**diagnostics(), "seed": configs[0].seed, "device": str(baseline.model.device), "dtype": configs[0].dtype},
+    )
+    results = [{**_row_dict(baseline.row), "block_errors": [0.0] * len(baseline.trace.residuals)}]
+    results += [
+        {**_row_dict(outcome.row), "calibration": outcome.calibration, "block_errors": outcome.errors} for outcome in outcomes
+    ]
+    write_json(folder / "metrics.json", {"title": title, "model": configs[0].model, "results": results})
+
+
+def _row_dict(row: Row) -> dict[str, Any]:
+    return {
+        "method": row.method,
+        "setting": row.setting,
+        "total_seconds": row.seconds,
+        "evaluation": row.evaluation.as_dict(),
+    }
