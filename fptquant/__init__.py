@@ -1,1 +1,63 @@
-"""Function-preserving transforms for quantized language models."""
+"""Function-preserving transforms for quantized language models: calibrate, evaluate, save.
+
+>>> import fptquant as fq
+>>> config = fq.load_config("fptquant-local", "quantization=w4a8kv8-static")
+>>> config.quantization.label
+'w4a8kv8-static'
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fptquant.errors import UserError
+
+if TYPE_CHECKING:
+    from fptquant import ops
+    from fptquant.config.loading import load_config
+    from fptquant.diagnostics import diagnostics
+    from fptquant.evaluation.evaluate import build_reference, evaluate
+    from fptquant.models.loading import load_model
+    from fptquant.models.saving import load_calibrated
+    from fptquant.stages.calibrate import CalibrationResult, calibrate
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CalibrationResult": "fptquant.stages.calibrate",
+    "build_reference": "fptquant.evaluation.evaluate",
+    "calibrate": "fptquant.stages.calibrate",
+    "diagnostics": "fptquant.diagnostics",
+    "evaluate": "fptquant.evaluation.evaluate",
+    "load_calibrated": "fptquant.models.saving",
+    "load_config": "fptquant.config.loading",
+    "load_model": "fptquant.models.loading",
+}
+"""Where each public name lives; it is imported when it is first used, so that `import fptquant` stays quick."""
+
+__all__ = [
+    "CalibrationResult",
+    "UserError",
+    "__version__",
+    "build_reference",
+    "calibrate",
+    "diagnostics",
+    "evaluate",
+    "load_calibrated",
+    "load_config",
+    "load_model",
+    "ops",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("fptquant.ops")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fptquant' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -10,33 +10,29 @@ from torch import Tensor
 from fptquant.models.adapter import view_model
 from fptquant.models.instrument import iter_quantizers, set_modes
 from fptquant.models.quantized_linear import QuantizedLinear
+from fptquant.stages.progress import Progress, quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedModel
 
-    Progress = Callable[[int, int, str], None]
 
-
-def set_weight_ranges_(model: PreTrainedModel, *, progress: Progress | None = None) -> None:
+def set_weight_ranges_(model: PreTrainedModel, *, progress: Progress = quiet) -> None:
     """Sets the range of every weight quantizer from its weight, and switches it on."""
     linears = [module for module in model.modules() if isinstance(module, QuantizedLinear) and module.weight_quantizer is not None]
     for index, linear in enumerate(linears):
         assert linear.weight_quantizer is not None
         linear.weight_quantizer.set_range_from(linear.weight)
         linear.weight_quantizer.mode = "on"
-        if progress is not None:
-            progress(index + 1, len(linears), "weight ranges")
+        progress(index + 1, len(linears), "weight ranges")
 
 
 @torch.inference_mode()
-def set_activation_ranges_(model: PreTrainedModel, windows: Tensor, *, progress: Progress | None = None) -> None:
+def set_activation_ranges_(model: PreTrainedModel, windows: Tensor, *, progress: Progress = quiet) -> None:
     """Sets the ranges of activation and KV cache quantizers from calibration windows, and switches them on.
 
-    Two passes over the windows where a range is searched (min and max first, then the error of every candidate), one where min-max
-    ranges suffice, none where all are dynamic. Nothing is quantized while values are observed, weights included, so that every range
-    is that of the full-precision model's values. No activation is kept: memory does not grow with the number of windows.
+    Two passes over the windows where a range is searched (min and max, then the error of every candidate), one where
+    min-max ranges suffice, none where all are dynamic. Nothing is quantized while values are observed, weights included:
+    every range is that of the full-precision model's values. No activation is kept, whatever the number of windows.
 
     Shape:
         windows: [windows, window], int64.
@@ -56,8 +52,7 @@ def set_activation_ranges_(model: PreTrainedModel, windows: Tensor, *, progress:
             quantizer.mode = "observe_range" if mode == "observe_range" else "observe_errors"
         for index, window in enumerate(windows):
             decoder(input_ids=window[None].to(model.device), use_cache=False)
-            if progress is not None:
-                progress(number * len(windows) + index + 1, len(passes) * len(windows), "activation ranges")
+            progress(number * len(windows) + index + 1, len(passes) * len(windows), "activation ranges")
     for quantizer in static:
         quantizer.finish_ranges()
     for quantizer in quantizers:

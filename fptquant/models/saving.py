@@ -1,0 +1,154 @@
+"""Saves a calibrated model and loads it again, in another process, with the same logits.
+
+out/metrics.json  config.yaml  environment.json      what was done, with which settings and versions
+out/merged/                                          full-precision weights, transforms merged: a plain checkpoint that transformers loads
+out/transformed/                                     instead of merged/ where something is left to do at run time (T_d, S_n); its config is
+                                                     called model_config.json so that nothing loads it as a plain model by mistake
+out/quantizers.safetensors                           every static scale and zero point
+out/transforms.safetensors                           the transforms themselves, already merged, for study and further training
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fptquant.config.loading import dump_config, load_config
+from fptquant.diagnostics import diagnostics
+from fptquant.errors import UserError
+from fptquant.models.instrument import iter_quantizers, set_modes
+from fptquant.models.loading import quiet_weight_bars
+from fptquant.reports.run_folder import run_folder, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fptquant.stages.calibrate import CalibrationResult
+
+QUANTIZERS, TRANSFORMS = "quantizers.safetensors", "transforms.safetensors"
+MERGED, TRANSFORMED, HIDDEN_CONFIG = "merged", "transformed", "model_config.json"
+
+
+def _range_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Scale and zero point of every static quantizer, by quantizer name."""
+    return {
+        f"{name}.{part}": value.detach().cpu().contiguous()
+        for name, quantizer in iter_quantizers(model)
+        if not quantizer.dynamic
+        for part in ("scale", "zero_point")
+        if (value := getattr(quantizer, part)) is not None
+    }
+
+
+def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict of the library's own class: what the quantizers added is left out."""
+    added = {
+        f"{path}.{part}" if path else part
+        for path, module in model.named_modules()
+        for part in ("scale", "zero_point")
+        if module in {quantizer for _, quantizer in iter_quantizers(model)}
+    }
+    return {name: value for name, value in model.state_dict().items() if name not in added}
+
+
+def save_calibrated(result: CalibrationResult, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Writes a calibrated model into ``folder``, whole or not at all.
+
+    Raises:
+        UserError: if the folder holds another run, cannot be written, or the disk is full.
+    """
+    from huggingface_hub import save_torch_state_dict
+    from safetensors.torch import save_file
+
+    with run_folder(folder, overwrite=overwrite) as partial:
+        weights = partial / (MERGED if result.fully_mergeable else TRANSFORMED)
+        weights.mkdir()
+        save_torch_state_dict(_plain_state(result.model), weights)
+        model_config = result.model.config
+        model_config.architectures = [type(result.model).__name__]
+        model_config.save_pretrained(weights)
+        if not result.fully_mergeable:
+            (weights / "config.json").rename(weights / HIDDEN_CONFIG)
+        if result.model.generation_config is not None:
+            result.model.generation_config.save_pretrained(weights)
+        result.tokenizer.save_pretrained(weights)
+        save_file(_range_tensors(result.model), partial / QUANTIZERS)
+        save_file({name: value.contiguous() for name, value in result.transforms.state_dict().items()}, partial / TRANSFORMS)
+        (partial / "config.yaml").write_text(dump_config(result.config), encoding="utf-8")
+        write_json(partial / "environment.json", diagnostics())
+        write_json(partial / "metrics.json", {**result.metrics, "transforms": result.transforms.describe()})
+    return Path(folder)
+
+
+def _weights_folder(folder: Path) -> Path:
+    for name in (MERGED, TRANSFORMED):
+        if (folder / name).is_dir():
+            return folder / name
+    raise UserError(f"{folder} holds no calibrated model ({MERGED}/ or {TRANSFORMED}/ is missing); give a folder that save() wrote")
+
+
+def _load_ranges_(model: PreTrainedModel, path: Path) -> None:
+    """Fills in every static range; the file must fit the model exactly."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); calibrate and save again") from None
+    for name, quantizer in iter_quantizers(model):
+        if quantizer.dynamic:
+            continue
+        for part in ("scale", "zero_point"):
+            if f"{name}.{part}" not in tensors:
+                raise UserError(f"{path} lacks {name}.{part}: it does not belong to this config; calibrate and save again")
+            setattr(quantizer, part, tensors.pop(f"{name}.{part}").to(model.device))
+    if tensors:
+        raise UserError(
+            f"{path} has ranges that this config does not use, for example {next(iter(tensors))}; calibrate and save again"
+        )
+
+
+def _load_weights(weights: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The plain model and tokenizer of a weights folder, whatever its config file is called there."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config_file = weights / ("config.json" if weights.name == MERGED else HIDDEN_CONFIG)
+    try:
+        model_config = AutoConfig.for_model(**json.loads(config_file.read_text(encoding="utf-8")))
+        with quiet_weight_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(weights, config=model_config, dtype=dtype, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(weights)
+    except Exception as error:
+        raise UserError(f"the model in {weights} is incomplete or damaged ({error}); calibrate and save again") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise UserError(f"{weights} lacks {sorted(info['missing_keys'])[0]}; calibrate and save again")
+    return model, tokenizer
+
+
+def load_calibrated(folder: str | Path, *, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The (model, tokenizer) that `CalibrationResult.save` wrote; the model's logits are those it had when it was saved.
+
+    The config it was calibrated with is ``fptquant.load_config(folder)``.
+
+    Raises:
+        UserError: if the folder holds no calibrated model or a file of it is missing or damaged.
+    """
+    from fptquant.stages.calibrate import instrument_for
+
+    folder = Path(folder)
+    weights = _weights_folder(folder)
+    config = load_config(folder / "config.yaml")
+    model, tokenizer = _load_weights(weights, getattr(torch, config.dtype))
+    torch.nn.Module.to(model, device)
+    model.train(False)
+    model.requires_grad_(False)
+    instrument_for(model, config)
+    _load_ranges_(model, folder / QUANTIZERS)
+    set_modes(model, "on")
+    return model, tokenizer

@@ -1,0 +1,224 @@
+"""The pipeline: a full-precision model and a config in, a calibrated model out."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fptquant.config.schema import Config
+from fptquant.data.text import Text, load_text
+from fptquant.data.windows import check_window, token_windows
+from fptquant.models.adapter import view_model
+from fptquant.models.instrument import instrument
+from fptquant.reports.progress import Progress
+from fptquant.stages.fuse_norms import fuse_norms_
+from fptquant.stages.learn_rotation import learn_rotation_
+from fptquant.stages.merge_transforms import merge_transforms_, model_sizes, rotate_residual_
+from fptquant.stages.optimize_local import optimize_local_
+from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
+from fptquant.stages.untie import untie_
+from fptquant.transforms import ModelSizes, ModelTransforms, TransformOptions, build_transforms, check_transforms
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ProgressCallback = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """A calibrated model, and how it came about."""
+
+    model: PreTrainedModel
+    """Full-precision weights with the transforms merged; quantizers simulate the setting in every forward pass."""
+    tokenizer: PreTrainedTokenizerBase
+    config: Config
+    transforms: ModelTransforms
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Seconds of each stage, and what the stages report."""
+
+    @property
+    def fully_mergeable(self) -> bool:
+        """Whether the transformed model is a plain model of the library's own class."""
+        return self.transforms.fully_mergeable
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes everything that ``fptquant.load_calibrated`` needs, whole or not at all; see `fptquant.models.saving`.
+
+        Raises:
+            UserError: if the folder holds another run or cannot be written.
+        """
+        from fptquant.models.saving import save_calibrated
+
+        return save_calibrated(self, folder, overwrite=overwrite)
+
+
+def transform_options(config: Config) -> TransformOptions:
+    """The transforms of a config, as the transforms themselves want them."""
+    used = config.transforms
+    return TransformOptions(
+        query_key_rotation=used.query_key_rotation is not None,
+        value_mixing=used.value_mixing.start if used.value_mixing else None,
+        value_constraint=used.value_mixing.constraint if used.value_mixing else "none",
+        up_scaling=used.up_scaling is not None,
+        residual_rotation=used.residual_rotation.start if used.residual_rotation else None,
+        down_hadamard=used.down_hadamard is not None,
+        down_hadamard_block=used.down_hadamard.block_size if used.down_hadamard else None,
+        residual_scaling=used.residual_scaling.where if used.residual_scaling else None,
+    )
+
+
+def instrument_for(model: PreTrainedModel, config: Config) -> None:
+    """Puts the config's quantizers, online Hadamard transform and S_n into a model whose transforms are merged."""
+    options = transform_options(config)
+    instrument(
+        model,
+        config.quantization,
+        residual_scaling=options.residual_scaling,
+        down_hadamard=options.down_hadamard,
+        down_hadamard_block=options.down_hadamard_block,
+    )
+
+
+def needs_calibration_text(config: Config) -> bool:
+    """Whether any activation or cache quantizer of the config is static."""
+    quantization = config.quantization
+    overridden = any(override.bits not in (None, 16) for override in quantization.overrides.values())
+    static = [part for part in (quantization.activation, quantization.kv_cache) if not part.dynamic]
+    return any(part.bits < 16 for part in static) or bool(static and overridden)
+
+
+def calibration_windows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, text: str | Text | None = None
+) -> Tensor:
+    """The calibration windows [windows, window] of a config, int64; none if no range needs them.
+
+    Raises:
+        UserError: if the text is shorter than asked, or the window longer than the model's context.
+    """
+    if not needs_calibration_text(config):
+        return torch.empty((0, config.calibration.window), dtype=torch.int64)
+    check_window(model.config, config.calibration.window, "the calibration window")
+    wanted = config.calibration.text if text is None else text
+    loaded = load_text(wanted, "calibration") if isinstance(wanted, str) else wanted
+    return token_windows(tokenizer, loaded, config.calibration.windows, config.calibration.window, seed=config.seed)
+
+
+class _Stages:
+    """Runs stages one after the other and notes how long each took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def _transform_(
+    model: PreTrainedModel, config: Config, sizes: ModelSizes, stage: _Stages, progress: ProgressCallback
+) -> tuple[ModelTransforms, dict[str, Any]]:
+    """Untying, norm fusion, T_r, local optimization and merging; returns the transforms and what the stages report."""
+    report: dict[str, Any] = {}
+    options = transform_options(config)
+    transforms = build_transforms(sizes, options, seed=config.seed)
+    if config.norm_gains == "fused":
+        with stage("fuse norms"):
+            untie_(model)
+            fuse_norms_(model)
+    rotation = transforms.residual_rotation
+    if rotation is not None and config.transforms.residual_rotation is not None:
+        settings = config.transforms.residual_rotation
+        if settings.learn:
+            with stage("learn the residual rotation"):
+                learned = learn_rotation_(
+                    model, rotation, p=config.local.p, steps=settings.steps, lr=settings.lr, progress=progress
+                )
+                report["residual_rotation"] = learned.as_dict()
+        with stage("merge the residual rotation"):
+            rotate_residual_(model, rotation, progress)
+    if config.local.method != "none":
+        with stage("local optimization"):
+            local = optimize_local_(
+                model,
+                transforms,
+                method=config.local.method,
+                p=config.local.p,
+                steps=config.local.steps,
+                lr=config.local.lr,
+                value_steps=config.local.value_steps,
+                progress=progress,
+            )
+            report["local"] = local.as_dict()
+    with stage("merge the transforms"):
+        rest = ModelTransforms([transforms.block(index) for index in range(len(transforms.blocks))])
+        merge_transforms_(model, rest, progress=progress)
+    return transforms, report
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    *,
+    text: str | Text | None = None,
+    in_place: bool = False,
+    progress: ProgressCallback | None = None,
+) -> CalibrationResult:
+    """Calibrates a model as a config says: merges its transforms, sets its ranges, simulates its quantizers.
+
+    Stages: fuse norm gains, T_r, local optimization (no data), merging, weight ranges, activation ranges (calibration text).
+    The model is copied first, so that it can serve as the full-precision reference; ``in_place`` saves that memory.
+
+    Args:
+        text: calibration text instead of ``config.calibration.text``.
+        progress: called as ``progress(done, total, description)``; a progress bar by default.
+
+    Raises:
+        UserError: for anything that could not work, before any work is done: an unsupported architecture, a transform that does not
+            preserve this model's function, an impossible Hadamard size, too little text, a window longer than the context.
+
+    Example:
+        >>> result = calibrate(model, tokenizer, load_config("fptquant-local"))  # doctest: +SKIP
+    """
+    sizes = model_sizes(view_model(model))
+    check_transforms(sizes, transform_options(config))
+    windows = calibration_windows(model, tokenizer, config, text)
+    if progress is None:
+        with Progress() as bars:
+            return _calibrate(model, tokenizer, config, sizes, windows, in_place, bars)
+    return _calibrate(model, tokenizer, config, sizes, windows, in_place, progress)
+
+
+def _calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    sizes: ModelSizes,
+    windows: Tensor,
+    in_place: bool,
+    progress: ProgressCallback,
+) -> CalibrationResult:
+    torch.manual_seed(config.seed)
+    start, stage = time.perf_counter(), _Stages()
+    calibrated = model if in_place else copy.deepcopy(model)
+    calibrated.train(False)
+    calibrated.requires_grad_(False)
+    transforms, report = _transform_(calibrated, config, sizes, stage, progress)
+    instrument_for(calibrated, config)
+    with stage("weight ranges"):
+        set_weight_ranges_(calibrated, progress=progress)
+    with stage("activation ranges"):
+        set_activation_ranges_(calibrated, windows, progress=progress)
+    metrics = {"seconds": time.perf_counter() - start, "stages": stage.seconds, "calibration_tokens": windows.numel(), **report}
+    return CalibrationResult(calibrated, tokenizer, config, transforms, metrics)
