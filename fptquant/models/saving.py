@@ -1,11 +1,11 @@
 """Saves a calibrated model and loads it again, in another process, with the same logits.
 
-out/metrics.json  config.yaml  environment.json      what was done, with which settings and versions
-out/merged/                                          full-precision weights, transforms merged: a plain checkpoint that transformers loads
-out/transformed/                                     instead of merged/ where something is left to do at run time (T_d, S_n); its config is
-                                                     called model_config.json so that nothing loads it as a plain model by mistake
-out/quantizers.safetensors                           every static scale and zero point
-out/transforms.safetensors                           the transforms themselves, already merged, for study and further training
+out/metrics.json, config.yaml, environment.json   what was done, with which settings and versions
+out/merged/                   full-precision weights with the transforms merged: a plain checkpoint
+out/transformed/              instead of merged/ where something is left to do at run time (T_d, S_n); its config is
+                              called model_config.json so that nothing loads it as a plain model by mistake
+out/quantizers.safetensors    every static scale and zero point
+out/transforms.safetensors    the transforms themselves, merged already, for study and further training
 """
 
 from __future__ import annotations
