@@ -3,6 +3,7 @@
 #include "bind.h"
 
 #include <dlfcn.h>
+#include <sys/mman.h>
 #include <stdarg.h>
 #include <stdio.h>
 
@@ -108,9 +109,37 @@ struct layout layout_of(const char *op, const struct view *x, int64_t channels, 
     return (struct layout){x->numel / row, channels, inner};
 }
 
+/*
+ * A large result is fresh memory whose pages the system hands out, zeroed, one by one as they are written: that costs more than
+ * the arithmetic. Pages of 2 MiB instead of 4 KiB make it several times cheaper. Where the system has none, nothing changes.
+ */
+static void use_huge_pages(void *data, int64_t bytes)
+{
+#ifdef MADV_HUGEPAGE
+    const uintptr_t huge = (uintptr_t)2 << 20, begin = ((uintptr_t)data + huge - 1) / huge * huge;
+    const uintptr_t end = ((uintptr_t)data + (uintptr_t)bytes) / huge * huge;
+    if (data && end > begin) {
+        madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+    }
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
+static int64_t element_size(int32_t torch_dtype)
+{
+    if (torch_dtype == torch.aoti_torch_dtype_float64()) {
+        return 8;
+    }
+    if (torch_dtype == torch.aoti_torch_dtype_float32()) {
+        return 4;
+    }
+    return torch_dtype == torch.aoti_torch_dtype_bfloat16() || torch_dtype == torch.aoti_torch_dtype_float16() ? 2 : 1;
+}
+
 tensor_handle new_tensor(const char *op, int64_t ndim, const int64_t *sizes, int32_t torch_dtype)
 {
-    int64_t strides[MAX_NDIM], stride = 1;
+    int64_t strides[MAX_NDIM], stride = 1, numel = 1;
     tensor_handle tensor = NULL;
     if (ndim > MAX_NDIM) {
         raise_error("%s: %lld axes are more than the %d supported", op, (long long)ndim, MAX_NDIM);
@@ -118,10 +147,12 @@ tensor_handle new_tensor(const char *op, int64_t ndim, const int64_t *sizes, int
     for (int64_t axis = ndim - 1; axis >= 0; axis--) {
         strides[axis] = stride;
         stride *= sizes[axis] > 0 ? sizes[axis] : 1;
+        numel *= sizes[axis];
     }
     if (torch.aoti_torch_empty_strided(ndim, sizes, strides, torch_dtype, torch.aoti_torch_device_type_cpu(), 0, &tensor)) {
         raise_error("%s: a result could not be allocated", op);
     }
+    use_huge_pages(data_of(tensor), numel * (int64_t)element_size(torch_dtype));
     return tensor;
 }
 
