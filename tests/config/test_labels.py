@@ -1,0 +1,36 @@
+"""Labels: what each stands for, and back."""
+
+from __future__ import annotations
+
+import pytest
+
+from fptquant.config.labels import EXAMPLE_LABELS, canonical_label, expand_label
+from fptquant.config.schema import QuantizationConfig
+from fptquant.errors import UserError
+
+
+@pytest.mark.parametrize("label", [*EXAMPLE_LABELS, "w3a8", "w16a16kv4-static", "w2a16kv8-dynamic-g32", "w8a8kv8-static-g128"])
+def test_a_setting_knows_its_canonical_label(label: str) -> None:
+    parsed = QuantizationConfig.model_validate(expand_label(label))
+    assert parsed.label == canonical_label(label)
+    assert QuantizationConfig.model_validate(expand_label(parsed.label)) == parsed
+
+
+def test_parts_of_a_label() -> None:
+    parsed = QuantizationConfig.model_validate(expand_label("w4a8kv6-dynamic-g64"))
+    assert (parsed.weight.bits, parsed.activation.bits, parsed.kv_cache.bits) == (4, 8, 6)
+    assert (parsed.weight.granularity, parsed.weight.group_size) == ("per_group", 64)
+    assert parsed.activation.dynamic
+    assert (parsed.activation.granularity, parsed.kv_cache.granularity) == ("per_token", "per_token")
+
+
+def test_a_setting_says_what_a_table_must_mention() -> None:
+    given = {**expand_label("w4a4kv4-static"), "full_precision_tokens": 1, "overrides": {"down_in": {"bits": 8}}}
+    setting = QuantizationConfig.model_validate(given).setting
+    assert setting == "w4a4kv4-static, first 1 token in full precision, down_in at 8 bits"
+
+
+@pytest.mark.parametrize("label", ["", "w4", "a4w4", "w4b4", "w4a4-fast", "w4a4-g64-static", "W4A4"])
+def test_other_words_are_refused(label: str) -> None:
+    with pytest.raises(UserError, match="is not a setting"):
+        expand_label(label)

@@ -1,0 +1,148 @@
+"""Loading: overrides, shipped files, and every mistake in one message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fptquant.config.loading import dump_config, find_config, load_config, load_demo_config, parse_config, shipped_configs
+from fptquant.config.schema import SITE_SETS, Config
+from fptquant.errors import UserError
+
+
+def mistakes(*overrides: str, file: str | Path = "rtn") -> list[str]:
+    """The lines of the message, without the first."""
+    with pytest.raises(UserError) as caught:
+        load_config(file, *overrides)
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if name != "demo"])
+def test_shipped_configs_survive_a_round_trip(name: str, tmp_path: Path) -> None:
+    config = load_config(name)
+    file = tmp_path / "again.yaml"
+    file.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(file) == config
+
+
+def test_the_demo_names_methods_that_exist() -> None:
+    table = load_demo_config("configs/demo.yaml")
+    for method in table.methods:
+        for setting in table.settings:
+            assert load_config(method, f"quantization={setting}").quantization.label == setting
+
+
+def test_shipped_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config("configs/methods/rtn.yaml") == find_config("rtn")
+    (tmp_path / "configs" / "methods").mkdir(parents=True)
+    own = tmp_path / "configs" / "methods" / "rtn.yaml"
+    own.write_text("name: mine\n", encoding="utf-8")
+    assert load_config("configs/methods/rtn.yaml").name == "mine"
+
+
+def test_overrides_are_yaml_values() -> None:
+    config = load_config("fptquant-local", "seed=7", "local.lr=1e-3", "transforms.up_scaling=false", "model=a/b")
+    assert (config.seed, config.local.lr, config.transforms.up_scaling, config.model) == (7, 0.001, None, "a/b")
+    assert load_config("rtn", "transforms.value_mixing.start=identity").transforms.value_mixing is not None
+
+
+def test_a_label_keeps_the_choices_of_the_method() -> None:
+    before = load_config("fptquant-local", "quantization.full_precision_tokens=2")
+    after = load_config("fptquant-local", "quantization.full_precision_tokens=2", "quantization=w3a4kv4-dynamic-g64")
+    assert after.quantization.label == "w3a4kv4-dynamic-g64"
+    assert after.quantization.weight.range == before.quantization.weight.range
+    assert after.quantization.full_precision_tokens == 2
+    narrow = load_config("fptquant-local", "quantization=w4a8kv8-static", "quantization.weight.bits=3")
+    assert narrow.quantization.label == "w3a8kv8-static"
+
+
+def test_a_label_alone_is_a_quantization() -> None:
+    assert parse_config({"name": "x", "quantization": "w4a16"}).quantization.weight.bits == 4
+
+
+def test_every_mistake_is_reported_at_once() -> None:
+    found = mistakes(
+        "transfroms.up_scaling={}", "quantization.weight.bits=9", "quantization.weight.bit=3", "seed=a", "dtype=fp32",
+        "quantization.overrides.down_inn.bits=4", "device=gpu", "evaluation=3", "transforms.residual_rotation={}", "nonsense",
+    )  # fmt: skip
+    text = "\n".join(found)
+    assert len(found) == 10
+    for expected in (
+        "transfroms: unknown key; did you mean transforms?",
+        "quantization.weight.bits: 9 bits are not possible; choose 2 to 8, or 16",
+        "quantization.weight.bit: unknown key; did you mean bits?",
+        "seed: must be a valid integer, not 'a'",
+        "dtype: 'fp32' is not possible; did you mean float32?",
+        "quantization.overrides.down_inn: 'down_inn' is not possible; did you mean down_in?",
+        "device: 'gpu' is not possible; write auto, cpu, cuda or cuda:0",
+        "evaluation: must hold keys and values, not 3",
+        "norm_gains: kept is not possible with transforms.residual_rotation",
+        "nonsense: is not of the form key=value",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize("bits", [1, 0, -4, 9, 12, 17, 32])
+def test_impossible_bits(bits: int) -> None:
+    for part in ("weight", "activation", "kv_cache"):
+        assert "choose 2 to 8, or 16" in mistakes(f"quantization.{part}.bits={bits}")[0]
+    assert "choose 2 to 8, or 16" in mistakes(f"quantization=w{abs(bits)}a8" if bits > 0 else "quantization.weight.bits=1")[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path"),
+    [
+        (["transforms.residual_rotation={}"], "norm_gains"),
+        (["transforms.residual_scaling={}"], "norm_gains"),
+        (["quantization.weight.group_size=64"], "quantization.weight.group_size"),
+        (["quantization.weight.granularity=per_group"], "quantization.weight.group_size"),
+        (["quantization.activation.granularity=per_token"], "quantization.activation.granularity"),
+        (["quantization.kv_cache.dynamic=true", "quantization.kv_cache.granularity=per_head"], "quantization.kv_cache.granularity"),
+        (["quantization.overrides.q.symmetric=true"], "quantization.overrides.q"),
+        (["quantization=w4a16", "quantization.overrides.down_in.symmetric=true"], "quantization.overrides.down_in"),
+        (["local.method=closed_form", "local.p=3", "transforms.query_key_rotation={}"], "local.p"),
+        (["norm_gains=fused", "transforms.residual_rotation.learn=true"], "transforms.residual_rotation.learn"),
+        (["quantization.full_precision_tokens=512"], "quantization.full_precision_tokens"),
+    ],
+)  # fmt: skip
+def test_contradictions(overrides: list[str], path: str) -> None:
+    found = mistakes(*overrides)
+    assert len(found) == 1
+    assert found[0].startswith(f"{path}: ")
+
+
+def test_files_that_are_no_config(tmp_path: Path) -> None:
+    for content, message in [
+        ("- a\n- b\n", "must hold keys and values"),
+        ("name: [", "is not valid YAML"),
+        ("name: x\nname: y\n", "'name' is given twice"),
+    ]:
+        file = tmp_path / "bad.yaml"
+        file.write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            load_config(file)
+    with pytest.raises(UserError, match="did you mean 'fptquant-local'"):
+        load_config("fptquant-locl")
+
+
+def test_configs_are_frozen_and_fill_in_their_names() -> None:
+    config = load_config("rtn", "quantization=w4a16", "output=runs/{name}/{setting}")
+    assert config.output_folder == "runs/rtn/w4a16"
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+
+
+def test_the_schema_names_the_sites_that_exist() -> None:
+    from fptquant.quantizers import sites
+
+    assert {name: set(points) for name, points in SITE_SETS.items()} == {
+        name: set(points) for name, points in sites.SITE_SETS.items()
+    }
+    assert set(SITE_SETS["all"]) == set(sites.POINTS)
+
+
+def test_dumps_are_plain_yaml() -> None:
+    assert Config.model_validate(yaml.safe_load(dump_config(load_config("smoke")))) == load_config("smoke")

@@ -1,0 +1,79 @@
+"""Tables, plots and progress: what they show."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from fptquant.evaluation.evaluate import Evaluation
+from fptquant.reports.plots import plot_activations, plot_block_errors, plot_outliers, shrink
+from fptquant.reports.progress import Progress
+from fptquant.reports.statistics import collect_activations
+from fptquant.reports.table import Row, markdown_table, rich_table
+from tests.models.tiny import tiny_model, token_ids
+
+ROWS = [
+    Row("full precision", "float32", Evaluation(29.2, 0.0, 1.0, 8184, 3.0, "WikiText-2 test"), 3.0),
+    Row("rtn", "w4a4kv4-static", Evaluation(math.inf, 0.61, 0.123, 8184, 3.0, "WikiText-2 test"), 12.34),
+]
+
+
+def test_markdown() -> None:
+    lines = markdown_table(ROWS, title="demo").splitlines()
+    assert lines[0] == "# demo"
+    assert lines[4] == "| full precision | float32 | 29.20 | 0.0000 | 100.0 % | 3.0 |"
+    assert lines[5] == "| rtn | w4a4kv4-static | infinite | 0.6100 | 12.3 % | 12.3 |"
+    assert "WikiText-2 test, 8,184 predictions" in lines[-1]
+
+
+def test_terminal() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(rich_table(ROWS, title="demo"))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "w4a4kv4-static" in shown
+    assert "12.3 %" in shown
+
+
+def test_shrinking_keeps_every_outlier() -> None:
+    values = np.zeros((100, 1000), dtype=np.float32)
+    values[37, 613] = 5
+    small = shrink(values, (8, 90))
+    assert small.shape == (8, 90)
+    assert small.max() == 5
+    assert (small > 0).sum() == 1
+    assert shrink(values, (1000, 5000)).shape == values.shape
+
+
+def test_plots_are_written(tmp_path: Path) -> None:
+    statistics = collect_activations(tiny_model("LlamaForCausalLM"), token_ids(1, 24)[0])
+    plot_activations(statistics, statistics, tmp_path / "activations.png")
+    plot_outliers(statistics, statistics, tmp_path / "outliers.png")
+    plot_block_errors({"rtn": [0.1, 0.3], "exact": [0.0, 0.0]}, tmp_path / "errors.png")
+    for name in ("activations", "outliers", "errors"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_progress_without_a_terminal_is_one_line_per_step() -> None:
+    console = Console(file=io.StringIO(), force_terminal=False, width=80)
+    with Progress(console) as progress:
+        for name in ("a step", "a step", "another"):
+            for done in range(4):
+                progress(done, 3, name)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.partition(",")[0] for line in lines] == ["a step: 3 of 3", "a step: 3 of 3", "another: 3 of 3"]
+
+
+@pytest.mark.parametrize("description", ["a step"])
+def test_progress_on_a_terminal_shows_bars(description: str) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with Progress(console) as progress:
+        for done in range(4):
+            progress(done, 3, description)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "3/3" in shown
+    assert "left" in shown

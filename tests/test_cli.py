@@ -1,0 +1,197 @@
+"""The command line: what it shows, what a run writes, and that every bad input ends with one message and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from fptquant.cli import app
+from tests.tiny_folder import save_tiny_folder
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner(env={"COLUMNS": "120"}).invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def refused(model: Path | str, output: Path, *overrides: str, file: str = "smoke") -> str:
+    """Runs, expects exit code 2, no traceback and nothing written; returns the message."""
+    kept = sorted(output.parent.iterdir())
+    result = invoke("run", file, f"model={model}", "--output", output, *overrides)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert sorted(output.parent.iterdir()) == kept
+    return result.stderr
+
+
+def test_a_run_writes_everything(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "runs" / "mine"
+    result = invoke("run", "smoke", f"model={model}", "quantization=w4a4kv4-dynamic", "--output", output)
+    assert result.exit_code == 0, result.output
+    assert "w4a4kv4-dynamic" in result.stdout
+    assert {path.name for path in output.iterdir()} == {
+        "config.yaml", "environment.json", "metrics.json", "table.md", "plots", "model",
+    }  # fmt: skip
+    assert {path.name for path in (output / "plots").iterdir()} == {"activations.png", "outliers.png", "block_errors.png"}
+    results = json.loads((output / "metrics.json").read_text())["results"]
+    assert [entry["method"] for entry in results] == ["full precision", "smoke"]
+    assert results[0]["evaluation"]["jsd"] == 0
+    assert results[1]["evaluation"]["jsd"] > 0
+    assert len(results[1]["block_errors"]) == 2
+    environment = json.loads((output / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["seed"] == 0
+    repeated = invoke("validate", output / "config.yaml")
+    assert "is valid: smoke, w4a4kv4-dynamic" in repeated.stdout.replace("\n", " ")
+    again = invoke("run", output, "--output", output)
+    assert again.exit_code == 2
+    assert "holds another run" in again.stderr
+
+
+def test_the_same_seed_gives_the_same_result(model: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ("a", "b"):
+        assert invoke("run", "smoke", f"model={model}", "--output", tmp_path / name, "--no-save").exit_code == 0
+        results = json.loads((tmp_path / name / "metrics.json").read_text())["results"]
+        found.append([(entry["evaluation"]["perplexity"], entry["evaluation"]["jsd"]) for entry in results])
+    assert found[0] == found[1]
+
+
+def test_the_demo_makes_one_table(model: Path, tmp_path: Path) -> None:
+    small = [
+        "calibration={text: topics, windows: 2, window: 32}", "evaluation={text: topics, windows: 2, window: 64}",
+        "local.value_steps=5",
+    ]  # fmt: skip
+    result = invoke(
+        "demo", f"model={model}", "settings=[w4a16, w4a8kv8-static]", f"overrides={json.dumps(small)}", "-o", tmp_path / "demo"
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "demo" / "metrics.json").read_text())["results"]
+    assert [(entry["method"], entry["setting"]) for entry in results[1:]] == [
+        ("rtn", "w4a16"), ("fptquant-local", "w4a16"), ("rtn", "w4a8kv8-static"), ("fptquant-local", "w4a8kv8-static"),
+    ]  # fmt: skip
+    table = (tmp_path / "demo" / "table.md").read_text()
+    assert "topics (held-out part)" in table
+    assert len(list((tmp_path / "demo" / "configs").iterdir())) == 4
+
+
+def test_unknown_keys_all_at_once(model: Path, tmp_path: Path) -> None:
+    message = refused(model, tmp_path / "out", "sed=1", "quantization.weight.bits=9", "transforms.up_scalin={}")
+    for expected in ("3 mistakes", "did you mean seed?", "choose 2 to 8, or 16", "did you mean up_scaling?"):
+        assert expected in message
+
+
+def test_contradictory_settings(model: Path, tmp_path: Path) -> None:
+    assert "norm_gains: kept is not possible" in refused(model, tmp_path / "out", "norm_gains=kept")
+
+
+def test_missing_and_corrupt_models(model: Path, tmp_path: Path) -> None:
+    assert "no-such-model" in refused(tmp_path / "no-such-model", tmp_path / "out")
+    broken = save_tiny_folder(tmp_path / "broken")
+    content = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(content[: len(content) // 2])
+    assert "model.safetensors" in refused(broken, tmp_path / "out")
+
+
+def test_unsupported_architecture(tmp_path: Path) -> None:
+    folder = save_tiny_folder(tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}))
+    message = refused(folder, tmp_path / "out")
+    assert "GPT2LMHeadModel" in message
+    assert "LlamaForCausalLM" in message
+
+
+def test_nan_in_the_weights(tmp_path: Path) -> None:
+    folder = save_tiny_folder(tmp_path / "nan")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert name in refused(folder, tmp_path / "out")
+
+
+def test_texts_and_windows(model: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    assert "has 9 tokens, but 2 windows of 32 tokens need 64" in refused(model, tmp_path / "out", f"calibration.text={short}")
+    assert "has 9 tokens, but 2 windows of 64 tokens need 128" in refused(model, tmp_path / "out", f"evaluation.text={short}")
+    assert "longer than the model's context of 128" in refused(model, tmp_path / "out", "calibration.window=129")
+    assert "longer than the model's context of 128" in refused(model, tmp_path / "out", "evaluation.window=4096")
+
+
+def test_impossible_hadamard_sizes_and_groups(tmp_path: Path) -> None:
+    folder = save_tiny_folder(tmp_path / "odd", intermediate_size=66)
+    message = refused(folder, tmp_path / "out")
+    assert "66" in message
+    assert "64" in message
+    assert "does not divide the 64 inputs" in refused(folder, tmp_path / "out", "quantization=w4a16-g48", "transforms={}")
+
+
+def test_outputs_that_cannot_be(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "cannot be written" in invoke("run", "smoke", f"model={model}", "-o", "/proc/run").stderr
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert "is a file" in refused(model, file)
+    usage = type("usage", (), {"free": 10_000})
+    monkeypatch.setattr("fptquant.reports.run_folder.shutil.disk_usage", lambda path: usage)
+    assert "MB left" in refused(model, tmp_path / "out")
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = invoke("validate", "rtn", "seed=x", "--debug")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert "seed: must be a valid integer" in result.stderr
+
+
+def test_interruption(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fptquant.reports.experiment.calibrate", interrupt)
+    result = invoke("run", "smoke", f"model={model}", "-o", tmp_path / "runs" / "out")
+    assert result.exit_code == 130
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_show_ls_and_validate() -> None:
+    listed = invoke("ls").stdout
+    for word in ("fptquant-local", "rtn", "w4a8kv8-static", "smollm2-135m", "Qwen3ForCausalLM", "wikitext2"):
+        assert word in listed
+    shown = invoke("show", "fptquant-local", "quantization=w4a16").stdout
+    assert "T_k" in shown
+    assert "start: random_hadamard" in shown
+    assert invoke("validate", "configs/methods/rtn.yaml").exit_code == 0
+    assert invoke("show", "fptquant").exit_code == 2
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    code = "import sys, fptquant.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=os.environ | {"PYTHONPATH": os.getcwd()}).returncode == 0
+    assert "fptquant demo" in invoke("--help").stdout
+    assert "evaluation.text=wikitext2" in invoke("run", "--help").stdout
+
+
+def test_diagnostics_name_the_build() -> None:
+    from fptquant.diagnostics import diagnostics
+
+    info = diagnostics()
+    assert info["core"]["isa"] in ("scalar", "avx2", "avx512")
+    assert info["core"]["isa_reason"]
+    found = subprocess.run([sys.executable, "-m", "fptquant"], capture_output=True, text=True, check=True)
+    for word in ("C core", "instruction set", "CUDA", "torch", info["core"]["isa"]):
+        assert word in found.stdout
