@@ -124,7 +124,11 @@ def run_experiment(
     baseline = _measure_baseline(model, tokenizer, first, progress)
     with run_folder(output, overwrite=overwrite) as folder:
         (folder / "plots").mkdir()
-        outcomes = [_run_config(baseline, config, folder, save, len(configs) > 1, progress) for config in configs]
+        outcomes = []
+        for index, config in enumerate(configs):
+            # Magnitudes before rounding hardly depend on the setting: one picture for each method says it.
+            plot = bool(config.transforms.used) and config.name not in {earlier.name for earlier in configs[:index]}
+            outcomes.append(_run_config(baseline, config, folder, progress, save=save, several=len(configs) > 1, plot=plot))
         rows = [baseline.row, *(outcome.row for outcome in outcomes)]
         _write(folder, configs, baseline, outcomes, title)
     return Experiment(rows, Path(output))
@@ -170,7 +174,16 @@ def _measure_baseline(
     return Baseline(model, tokenizer, cache, row, trace_residuals(model, tokens), collect_activations(model, tokens))
 
 
-def _run_config(baseline: Baseline, config: Config, folder: Path, save: bool, several: bool, progress: ProgressCallback) -> Outcome:
+def _run_config(
+    baseline: Baseline,
+    config: Config,
+    folder: Path,
+    progress: ProgressCallback,
+    *,
+    save: bool,
+    several: bool,
+    plot: bool,
+) -> Outcome:
     label = f"{config.name} {config.quantization.label}: " if several else ""
 
     def labeled(done: int, total: int, description: str) -> None:
@@ -184,8 +197,8 @@ def _run_config(baseline: Baseline, config: Config, folder: Path, save: bool, se
     tokens = cache.tokens[0, :_PLOT_TOKENS]
     errors = block_errors(baseline.trace, trace_residuals(result.model, tokens))
     name = f"{config.name}-{config.quantization.label}"
-    if config.transforms.used:
-        _plot_magnitudes(baseline, result, folder / "plots", f"-{name}" if several else "")
+    if plot:
+        _plot_magnitudes(baseline, result, folder / "plots", f"-{config.name}" if several else "")
     if save:
         result.save(folder / "models" / name if several else folder / "model")
     return Outcome(config, row, dict(result.metrics), errors)
