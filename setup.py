@@ -10,7 +10,7 @@ import os
 import platform
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_clib import build_clib
 
 CSRC = Path("csrc")
@@ -81,7 +81,11 @@ core = Extension(
     extra_link_args=["-Wl,-z,noexecstack", "-lm", "-ldl"],
     py_limited_api=True,
 )
+# configs/ stays at the top of the repository, where people look for it, and travels in the wheel as fptquant.configs.
 setup(
+    packages=[*find_packages(include=["fptquant", "fptquant.*"]), "fptquant.configs"],
+    package_dir={"fptquant.configs": "configs"},
+    package_data={"fptquant": ["py.typed"], "fptquant.configs": ["*.yaml", "*/*.yaml"]},
     libraries=libraries,
     ext_modules=[core],
     cmdclass={"build_clib": build_clib_per_isa},
