@@ -1,5 +1,5 @@
 /*
- * The C ABI of fptquant's core. No torch, no Python, no allocation that outlives a call.
+ * The C ABI of fptquant's core. No torch, no Python, no allocation that outlives a call (Hadamard factors alone are kept).
  *
  * Every operator takes one argument struct (outputs first, then inputs, then sizes, then options) and returns a status.
  * Arrays are contiguous; shapes stand beside each field. `storage` is the dtype of the tensors the user sees, `compute`
@@ -134,5 +134,178 @@ struct fptq_set_range {
     int32_t dtype;
 };
 FPTQ_EXPORT fptq_status fptq_set_range(const struct fptq_set_range *args);
+
+/* ---- hadamard: y = H x / sqrt(size), or H^T x / sqrt(size), on each block --------------------------------------- */
+
+#define FPTQ_HADAMARD_MAX_FACTORS 16
+struct fptq_hadamard_plan {
+    int64_t num_factors, power;                      /* H = H_order[0] (x) H_order[1] (x) ... (x) H_2^power */
+    int64_t order[FPTQ_HADAMARD_MAX_FACTORS];        /* each a multiple of 4, at most 1024 */
+    const int8_t *matrix[FPTQ_HADAMARD_MAX_FACTORS]; /* [order, order] of +1 and -1, row-major; kept by the core */
+};
+/* Finds the cheapest plan for a size; FPTQ_INVALID names the nearest possible sizes where there is none. */
+FPTQ_EXPORT fptq_status fptq_hadamard_plan_of(int64_t size, struct fptq_hadamard_plan *plan);
+FPTQ_EXPORT bool fptq_hadamard_exists(int64_t size);
+
+struct fptq_hadamard {
+    void *y;       /* [blocks, size] storage */
+    const void *x; /* [blocks, size] storage */
+    int64_t blocks, size;
+    bool transpose;
+    int32_t dtype;
+    const struct fptq_hadamard_plan *plan; /* set by the operator */
+    bool *out_of_memory;                   /* set by the operator: becomes true where scratch memory was missing */
+};
+FPTQ_EXPORT fptq_status fptq_hadamard(const struct fptq_hadamard *args);
+
+/* ---- merge_query_key: RoPE pairs of rows rotated and scaled, then fake-quantized where a scale is given ---------- */
+
+struct fptq_merge_query_key_forward {
+    void *y;                /* [heads, 2, half, columns] storage */
+    const void *weight;     /* [heads, 2, half, columns] storage */
+    const void *angle;      /* [heads / group, half] compute */
+    const void *log_scale;  /* [heads / group, half] compute */
+    const void *scale;      /* [heads, 2, half, columns / inner] compute, or NULL: not quantized */
+    const void *zero_point; /* like scale, or NULL for 0 */
+    int64_t heads, half, columns, group, inner;
+    bool inverse; /* scale by exp(-log_scale) */
+    fptq_grid grid;
+    int32_t dtype;
+};
+FPTQ_EXPORT fptq_status fptq_merge_query_key_forward(const struct fptq_merge_query_key_forward *args);
+
+struct fptq_merge_query_key_backward {
+    void *dweight;                               /* [heads, 2, half, columns] storage, or NULL when not wanted */
+    void *dangle;                                /* [heads / group, half] compute */
+    void *dlog_scale;                            /* [heads / group, half] compute */
+    void *dscale;                                /* like scale */
+    void *dzero_point;                           /* like zero_point, or NULL when not wanted */
+    const void *dy;                              /* [heads, 2, half, columns] storage */
+    struct fptq_merge_query_key_forward forward; /* the arguments of the forward call; y is not used */
+    double *partials; /* set by the operator: [heads * half, 2] sums of dangle and dlog_scale over one pair of rows */
+};
+FPTQ_EXPORT fptq_status fptq_merge_query_key_backward(const struct fptq_merge_query_key_backward *args);
+
+struct fptq_query_key_moments {
+    double *moments;    /* [heads, half, 5]: sums of a^4, a^3 b, a^2 b^2, a b^3, b^4 over the columns */
+    const void *weight; /* [heads, 2, half, columns] storage */
+    int64_t heads, half, columns;
+    int32_t dtype;
+};
+FPTQ_EXPORT fptq_status fptq_query_key_moments(const struct fptq_query_key_moments *args);
+
+struct fptq_solve_query_key {
+    double *angle, *log_scale; /* [pairs] */
+    const double *key, *query; /* [pairs, 5] moments */
+    int64_t pairs;
+};
+FPTQ_EXPORT fptq_status fptq_solve_query_key(const struct fptq_solve_query_key *args);
+
+/* ---- merge_scale: rows and columns multiplied by exp(log scale), then fake-quantized where a scale is given ------- */
+
+struct fptq_merge_scale_forward {
+    void *y;                      /* [rows, columns] storage */
+    const void *weight;           /* [rows, columns] storage */
+    const void *row_log_scale;    /* [rows] compute, or NULL for 0 */
+    const void *column_log_scale; /* [columns] compute, or NULL for 0 */
+    const void *scale;            /* [rows, columns / inner] compute, or NULL: not quantized */
+    const void *zero_point;       /* like scale, or NULL for 0 */
+    int64_t rows, columns, inner;
+    fptq_grid grid;
+    int32_t dtype;
+    const void *column_factors; /* set by the operator: [columns] compute, exp(column_log_scale) */
+};
+FPTQ_EXPORT fptq_status fptq_merge_scale_forward(const struct fptq_merge_scale_forward *args);
+
+struct fptq_merge_scale_backward {
+    void *dweight;                           /* [rows, columns] storage, or NULL when not wanted */
+    void *drow_log_scale;                    /* [rows] compute, or NULL when not wanted */
+    void *dcolumn_log_scale;                 /* [columns] compute, or NULL when not wanted */
+    void *dscale;                            /* like scale */
+    void *dzero_point;                       /* like zero_point, or NULL when not wanted */
+    const void *dy;                          /* [rows, columns] storage */
+    struct fptq_merge_scale_forward forward; /* the arguments of the forward call; y is not used */
+    int64_t rows_per_unit;                   /* set by the operator */
+    double *partials;                        /* set by the operator: [units, columns] sums of dcolumn_log_scale, or NULL */
+};
+FPTQ_EXPORT fptq_status fptq_merge_scale_backward(const struct fptq_merge_scale_backward *args);
+
+/* ---- lp_norm: sum |w'|^p of a merged weight w', with the gradients of its parameters ------------------------------ */
+
+struct fptq_lp_norm_query_key {
+    double *value;         /* [1] */
+    void *dangle;          /* [heads / group, half] compute */
+    void *dlog_scale;      /* [heads / group, half] compute */
+    const void *weight;    /* [heads, 2, half, columns] storage */
+    const void *angle;     /* [heads / group, half] compute */
+    const void *log_scale; /* [heads / group, half] compute */
+    int64_t heads, half, columns, group;
+    bool inverse;
+    double p; /* 1 to 16 */
+    int32_t dtype;
+    double *partials; /* set by the operator: [heads * half, 2] sums of |w'|^p and of d value / d angle */
+};
+FPTQ_EXPORT fptq_status fptq_lp_norm_query_key(const struct fptq_lp_norm_query_key *args);
+
+struct fptq_lp_norm_scale {
+    double *value;                /* [1], or NULL when not wanted */
+    double *row_sums;             /* [rows]: sums of |w'|^p, or NULL when not wanted */
+    double *column_sums;          /* [columns], or NULL when not wanted */
+    const void *weight;           /* [rows, columns] storage */
+    const void *row_log_scale;    /* [rows] compute, or NULL for 0 */
+    const void *column_log_scale; /* [columns] compute, or NULL for 0 */
+    int64_t rows, columns;
+    double p; /* 1 to 16 */
+    int32_t dtype;
+    const void *column_factors; /* set by the operator: [columns] compute */
+    int64_t rows_per_unit;      /* set by the operator */
+    double *partials;           /* set by the operator: [rows] sums of rows, then [units, columns] sums of columns */
+};
+FPTQ_EXPORT fptq_status fptq_lp_norm_scale(const struct fptq_lp_norm_scale *args);
+
+/* ---- residual_scale: m = sqrt(mean(residual^2) + eps / running_scale^2) ------------------------------------------- */
+
+struct fptq_residual_scale_forward {
+    void *normalized;          /* [tokens, hidden] storage: residual / m */
+    void *new_running_scale;   /* [tokens] compute: running_scale * m */
+    const void *residual;      /* [tokens, hidden] storage */
+    const void *running_scale; /* [tokens] compute */
+    int64_t tokens, hidden;
+    double eps;
+    int32_t dtype;
+};
+FPTQ_EXPORT fptq_status fptq_residual_scale_forward(const struct fptq_residual_scale_forward *args);
+
+struct fptq_residual_scale_backward {
+    void *dresidual;                /* [tokens, hidden] storage */
+    void *drunning_scale;           /* [tokens] compute */
+    const void *dnormalized;        /* [tokens, hidden] storage */
+    const void *dnew_running_scale; /* [tokens] compute */
+    const void *residual;           /* [tokens, hidden] storage */
+    const void *running_scale;      /* [tokens] compute */
+    int64_t tokens, hidden;
+    double eps;
+    int32_t dtype;
+};
+FPTQ_EXPORT fptq_status fptq_residual_scale_backward(const struct fptq_residual_scale_backward *args);
+
+/* ---- pack_int4: two columns per byte, the even one in the low nibble ---------------------------------------------- */
+
+struct fptq_pack_int4 {
+    uint8_t *packed; /* [rows, (columns + 1) / 2] */
+    const int8_t *q; /* [rows, columns]: -8..7 where signed, else 0..15 */
+    int64_t rows, columns;
+    bool is_signed;
+    bool *out_of_range; /* set by the operator: becomes true where a value does not fit */
+};
+FPTQ_EXPORT fptq_status fptq_pack_int4(const struct fptq_pack_int4 *args);
+
+struct fptq_unpack_int4 {
+    int8_t *q;             /* [rows, columns] */
+    const uint8_t *packed; /* [rows, (columns + 1) / 2] */
+    int64_t rows, columns;
+    bool is_signed;
+};
+FPTQ_EXPORT fptq_status fptq_unpack_int4(const struct fptq_unpack_int4 *args);
 
 #endif

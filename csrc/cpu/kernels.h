@@ -7,13 +7,26 @@
 
 #include "../fptq.h"
 
-#define FPTQ_KERNELS(X)    \
-    X(fake_quant_forward)  \
-    X(fake_quant_backward) \
-    X(choose_qparams)      \
-    X(range_minmax)        \
-    X(range_errors)        \
-    X(range_histogram)
+#define FPTQ_KERNELS(X)         \
+    X(fake_quant_forward)       \
+    X(fake_quant_backward)      \
+    X(choose_qparams)           \
+    X(range_minmax)             \
+    X(range_errors)             \
+    X(range_histogram)          \
+    X(hadamard)                 \
+    X(merge_query_key_forward)  \
+    X(merge_query_key_backward) \
+    X(query_key_moments)        \
+    X(solve_query_key)          \
+    X(merge_scale_forward)      \
+    X(merge_scale_backward)     \
+    X(lp_norm_query_key)        \
+    X(lp_norm_scale)            \
+    X(residual_scale_forward)   \
+    X(residual_scale_backward)  \
+    X(pack_int4)                \
+    X(unpack_int4)
 
 enum fptq_kernel_id {
 #define X(name) FPTQ_KERNEL_##name,

@@ -114,14 +114,32 @@ tensor_handle new_tensor(const char *op, int64_t ndim, const int64_t *sizes, int
 void *data_of(tensor_handle tensor);
 
 /* One entry per boxed operator: its name and kernel. A file adds its own below. */
-#define FPTQ_OPERATORS(X)  \
-    X(fake_quant)          \
-    X(fake_quant_backward) \
-    X(choose_qparams)      \
-    X(range_minmax)        \
-    X(range_errors)        \
-    X(range_histogram)     \
-    X(range_qparams)
+#define FPTQ_OPERATORS(X)                  \
+    X(fake_quant)                          \
+    X(fake_quant_backward)                 \
+    X(choose_qparams)                      \
+    X(range_minmax)                        \
+    X(range_errors)                        \
+    X(range_histogram)                     \
+    X(range_qparams)                       \
+    X(hadamard)                            \
+    X(merge_query_key)                     \
+    X(merge_query_key_backward)            \
+    X(merge_query_key_fake_quant)          \
+    X(merge_query_key_fake_quant_backward) \
+    X(query_key_moments)                   \
+    X(solve_query_key)                     \
+    X(merge_scale)                         \
+    X(merge_scale_backward)                \
+    X(merge_scale_fake_quant)              \
+    X(merge_scale_fake_quant_backward)     \
+    X(lp_norm_query_key)                   \
+    X(lp_norm_scale)                       \
+    X(scale_moments)                       \
+    X(residual_scale)                      \
+    X(residual_scale_backward)             \
+    X(pack_int4)                           \
+    X(unpack_int4)
 #define DECLARE(name) void boxed_##name(stable_value *stack, uint64_t num_args, uint64_t num_returns);
 FPTQ_OPERATORS(DECLARE)
 #undef DECLARE

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fptquant.errors import UserError
 from fptquant.ops import _library, reference
-from fptquant.ops._hadamard_factors import factor_matrix, factorize, sizes_up_to
+from fptquant.ops._hadamard_factors import hadamard_factors, sizes_up_to
 
 _library.define("hadamard(Tensor x, int block_size, bool transpose) -> Tensor")
 _library.fallback("hadamard", reference.hadamard)
@@ -54,7 +54,8 @@ def hadamard(x: Tensor, *, block_size: int | None = None, transpose: bool = Fals
     size = x.shape[-1] if block_size is None else block_size
     if size < 1 or x.shape[-1] % size:
         raise UserError(f"hadamard: block_size = {size} does not divide the last axis of shape {list(x.shape)}")
-    factorize(size)
+    if not torch.compiler.is_compiling():  # the operator itself refuses impossible sizes too, as a RuntimeError
+        hadamard_factors(size)
     result: Tensor = _hadamard(x.contiguous(), size, transpose)
     return result
 
@@ -69,10 +70,9 @@ def hadamard_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
     tensor([[ 1.,  1.],
             [ 1., -1.]], dtype=torch.float64)
     """
-    factors, power = factorize(n)
     matrix = torch.ones((1, 1), dtype=dtype)
-    for size in (*factors, *([2] * power)):
-        matrix = torch.kron(matrix, factor_matrix(size).to(dtype))
+    for factor in hadamard_factors(n):
+        matrix = torch.kron(matrix, factor.to(dtype))
     return matrix
 
 

@@ -18,11 +18,11 @@ _library.define(
 )
 _library.define(
     "merge_query_key_fake_quant(Tensor weight, Tensor angle, Tensor log_scale, Tensor scale, Tensor zero_point, "
-    "int group, bool inverse, int inner, int qmin, int qmax) -> Tensor"
+    "int group, bool inverse, int inner, int grid, int qmin, int qmax) -> Tensor"
 )
 _library.define(
     "merge_query_key_fake_quant_backward(Tensor dy, Tensor weight, Tensor angle, Tensor log_scale, Tensor scale, "
-    "Tensor zero_point, int group, bool inverse, int inner, int qmin, int qmax, bool weight_gradient) "
+    "Tensor zero_point, int group, bool inverse, int inner, int grid, int qmin, int qmax, bool weight_gradient) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define("query_key_moments(Tensor weight, int head_dim) -> Tensor")
@@ -90,16 +90,14 @@ def _setup_fused_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 def _fused_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[0]
     dweight, *rest = _merge_fake_quant_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options, wanted)
-    return (dweight if wanted else None), *rest, None, None, None, None, None
+    return (dweight if wanted else None), *rest, None, None, None, None, None, None
 
 
 _library.autograd("merge_query_key", _setup_context, _backward)
 _library.autograd("merge_query_key_fake_quant", _setup_fused_context, _fused_backward)
 
 
-def merge_query_key(
-    weight: Tensor, angle: Tensor, log_scale: Tensor, *, group: int = 1, inverse: bool = False
-) -> Tensor:
+def merge_query_key(weight: Tensor, angle: Tensor, log_scale: Tensor, *, group: int = 1, inverse: bool = False) -> Tensor:
     """Rotates and scales the RoPE pairs of rows of a key projection (or, with ``inverse``, of a query projection).
 
     Rows i and j = i + head_dim / 2 of head h, with a = angle[h // group, i]:
@@ -158,7 +156,7 @@ def merge_query_key_fake_quant(
     inner = _checks.fused_inner("merge_query_key_fake_quant", weight, scale, zero_point, granularity)
     angle, log_scale, scale, zero = (_library.parameter(t, weight) for t in (angle, log_scale, scale, zero_point))
     result: Tensor = _merge_fake_quant(
-        weight.contiguous(), angle, log_scale, scale, zero, group, inverse, inner, grid.qmin, grid.qmax
+        weight.contiguous(), angle, log_scale, scale, zero, group, inverse, inner, grid.kind, grid.qmin, grid.qmax
     )
     return result
 

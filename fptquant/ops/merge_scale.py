@@ -18,11 +18,11 @@ _library.define(
 )
 _library.define(
     "merge_scale_fake_quant(Tensor weight, Tensor row_log_scale, Tensor column_log_scale, Tensor scale, "
-    "Tensor zero_point, int inner, int qmin, int qmax) -> Tensor"
+    "Tensor zero_point, int inner, int grid, int qmin, int qmax) -> Tensor"
 )
 _library.define(
     "merge_scale_fake_quant_backward(Tensor dy, Tensor weight, Tensor row_log_scale, Tensor column_log_scale, "
-    "Tensor scale, Tensor zero_point, int inner, int qmin, int qmax, bool weight_gradient) "
+    "Tensor scale, Tensor zero_point, int inner, int grid, int qmin, int qmax, bool weight_gradient) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define("scale_moments(Tensor weight, float p) -> (Tensor, Tensor)")
@@ -37,9 +37,7 @@ for _name in (
     _library.fallback(_name, getattr(reference, _name))
 
 
-def _fake_backward(
-    dy: Tensor, weight: Tensor, row: Tensor, column: Tensor, weight_gradient: bool
-) -> tuple[Tensor, ...]:
+def _fake_backward(dy: Tensor, weight: Tensor, row: Tensor, column: Tensor, weight_gradient: bool) -> tuple[Tensor, ...]:
     dweight = torch.empty_like(weight) if weight_gradient else weight.new_empty(0)
     return dweight, torch.empty_like(row), torch.empty_like(column)
 
@@ -86,7 +84,7 @@ def _setup_fused_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 def _fused_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[0]
     dweight, *rest = _merge_fake_quant_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options, wanted)
-    return (dweight if wanted else None), *rest, None, None, None
+    return (dweight if wanted else None), *rest, None, None, None, None
 
 
 _library.autograd("merge_scale", _setup_context, _backward)
@@ -143,10 +141,8 @@ def merge_scale_fake_quant(
     """
     _checks.row_and_column("merge_scale_fake_quant", weight, row_log_scale, column_log_scale)
     inner = _checks.fused_inner("merge_scale_fake_quant", weight, scale, zero_point, granularity)
-    row, column, scale, zero = (
-        _library.parameter(t, weight) for t in (row_log_scale, column_log_scale, scale, zero_point)
-    )
-    result: Tensor = _merge_fake_quant(weight.contiguous(), row, column, scale, zero, inner, grid.qmin, grid.qmax)
+    row, column, scale, zero = (_library.parameter(t, weight) for t in (row_log_scale, column_log_scale, scale, zero_point))
+    result: Tensor = _merge_fake_quant(weight.contiguous(), row, column, scale, zero, inner, grid.kind, grid.qmin, grid.qmax)
     return result
 
 

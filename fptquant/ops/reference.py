@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fptquant.ops._hadamard_factors import factor_matrix, factorize
+from fptquant.ops._hadamard_factors import hadamard_factors
 from fptquant.ops._library import compute_dtype
 
 
@@ -35,9 +35,7 @@ def _grid_position(
     return ratio, ratio.round() + zero, scale, zero
 
 
-def fake_quant(
-    x: Tensor, scale: Tensor, zero_point: Tensor, outer: int, channels: int, inner: int, qmin: int, qmax: int
-) -> Tensor:
+def fake_quant(x: Tensor, scale: Tensor, zero_point: Tensor, outer: int, channels: int, inner: int, qmin: int, qmax: int) -> Tensor:
     """y = (clamp(rint(x / scale) + rint(zero_point), qmin, qmax) - rint(zero_point)) * scale; NaN stays NaN."""
     _, q, scale, zero = _grid_position(x, scale, zero_point, (outer, channels, inner))
     return ((q.clamp(qmin, qmax) - zero) * scale).reshape(x.shape).to(x.dtype)
@@ -86,13 +84,12 @@ def choose_qparams(x: Tensor, qmin: int, qmax: int, symmetric: bool) -> tuple[Te
 
 def hadamard(x: Tensor, block_size: int, transpose: bool) -> Tensor:
     """y = H x / sqrt(n) on each block of n = block_size values of the last axis, H a Kronecker product of factors."""
-    factors, power = factorize(block_size)
     y: Tensor = _wide(x).reshape(-1, block_size)
     inner = block_size
-    for size in (*factors, *([2] * power)):
-        matrix = factor_matrix(size).to(device=x.device, dtype=y.dtype)
-        inner //= size
-        y = torch.matmul(matrix.t() if transpose else matrix, y.reshape(-1, size, inner))
+    for factor in hadamard_factors(block_size):
+        matrix = factor.to(device=x.device, dtype=y.dtype)
+        inner //= matrix.shape[0]
+        y = torch.matmul(matrix.t() if transpose else matrix, y.reshape(-1, matrix.shape[0], inner))
     y = (y * block_size**-0.5).reshape(x.shape)
     return y.to(x.dtype)
 
@@ -155,6 +152,7 @@ def merge_query_key_fake_quant(
     group: int,
     inverse: bool,
     inner: int,
+    grid: int,
     qmin: int,
     qmax: int,
 ) -> Tensor:
@@ -174,6 +172,7 @@ def merge_query_key_fake_quant_backward(
     group: int,
     inverse: bool,
     inner: int,
+    grid: int,
     qmin: int,
     qmax: int,
     weight_gradient: bool,
@@ -181,9 +180,7 @@ def merge_query_key_fake_quant_backward(
     """(dweight or absent, dangle, dlog_scale, dscale, dzero_point)."""
     merged = _merge_query_key_wide(weight, angle, log_scale, group, inverse)
     wide_dy = dy.to(merged.dtype)
-    dmerged, dscale, dzero = fake_quant_backward(
-        wide_dy, merged, scale, zero_point, 1, scale.numel(), inner, qmin, qmax
-    )
+    dmerged, dscale, dzero = fake_quant_backward(wide_dy, merged, scale, zero_point, 1, scale.numel(), inner, qmin, qmax)
     rest = merge_query_key_backward(dmerged, weight, angle, log_scale, group, inverse, weight_gradient)
     return *rest, dscale, dzero
 
@@ -233,6 +230,7 @@ def merge_scale_fake_quant(
     scale: Tensor,
     zero_point: Tensor,
     inner: int,
+    grid: int,
     qmin: int,
     qmax: int,
 ) -> Tensor:
@@ -250,6 +248,7 @@ def merge_scale_fake_quant_backward(
     scale: Tensor,
     zero_point: Tensor,
     inner: int,
+    grid: int,
     qmin: int,
     qmax: int,
     weight_gradient: bool,
@@ -257,9 +256,7 @@ def merge_scale_fake_quant_backward(
     """(dweight or absent, drow_log_scale, dcolumn_log_scale, dscale, dzero_point)."""
     merged = _merge_scale_wide(weight, row_log_scale, column_log_scale)
     wide_dy = dy.to(merged.dtype)
-    dmerged, dscale, dzero = fake_quant_backward(
-        wide_dy, merged, scale, zero_point, 1, scale.numel(), inner, qmin, qmax
-    )
+    dmerged, dscale, dzero = fake_quant_backward(wide_dy, merged, scale, zero_point, 1, scale.numel(), inner, qmin, qmax)
     rest = merge_scale_backward(dmerged, weight, row_log_scale, column_log_scale, weight_gradient)
     return *rest, dscale, dzero
 
@@ -279,9 +276,7 @@ def lp_norm_query_key(
     return power.sum(), dangle, -dlog_scale if inverse else dlog_scale
 
 
-def lp_norm_scale(
-    weight: Tensor, row_log_scale: Tensor, column_log_scale: Tensor, p: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def lp_norm_scale(weight: Tensor, row_log_scale: Tensor, column_log_scale: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
     """(sum |w'|^p as float64, its gradients for the log scales), w' = merge_scale(weight)."""
     power = _merge_scale_wide(weight, row_log_scale, column_log_scale).double().abs().pow(p)
     dtype = compute_dtype(weight)
@@ -337,7 +332,7 @@ def solve_query_key(key_moments: Tensor, query_moments: Tensor) -> tuple[Tensor,
         low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
     u = torch.remainder(0.5 * (low + high), 2 * torch.pi)
     f_key, f_query = (c0 + c1 * u.cos() + c2 * u.sin() for c0, c1, c2 in safe)
-    return torch.where(valid, u / 4, 0.0), torch.where(valid, torch.log(f_query / f_key) / 8, 0.0)
+    return torch.where(valid, u / 4, 0.0), torch.where(valid, (f_query.log() - f_key.log()) / 8, 0.0)
 
 
 # ----------------------------------------------------------------------------------------------- residual scaling (S_n)
@@ -380,5 +375,6 @@ def pack_int4(q: Tensor, signed: bool) -> Tensor:
 
 def unpack_int4(packed: Tensor, columns: int, signed: bool) -> Tensor:
     """The inverse of pack_int4: int8 [R, columns]."""
-    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).reshape(packed.shape[0], -1)[:, :columns].to(torch.int8)
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).reshape(packed.shape[0], 2 * packed.shape[1])[:, :columns]
+    nibbles = nibbles.to(torch.int8)
     return torch.where(nibbles > 7, nibbles - 16, nibbles) if signed else nibbles.clone()
