@@ -74,17 +74,3 @@ class Progress:
             left = (now - started) / max(done, 1) * (total - done)
             self.console.print(f"{description}: {done} of {total}, about {left:.0f} s left", highlight=False)
             self._printed[description] = now
-
-
-def labelled(progress: Progress, label: str) -> _Labelled:
-    """The same progress with ``label`` before every description, so that steps of several methods can be told apart."""
-    return _Labelled(progress, label)
-
-
-class _Labelled:
-    def __init__(self, progress: Progress, label: str) -> None:
-        self._progress = progress
-        self._label = label
-
-    def __call__(self, done: int, total: int, description: str) -> None:
-        self._progress(done, total, f"{self._label}: {description}")
