@@ -69,6 +69,35 @@ _SetRange = _struct(
     ("dtype", _INT32),
 )
 
+_Hadamard = _struct(
+    "_Hadamard",
+    ("y", _POINTER),
+    ("x", _POINTER),
+    ("blocks", _INT64),
+    ("size", _INT64),
+    ("transpose", _BOOL),
+    ("dtype", _INT32),
+    ("plan", _POINTER),
+    ("out_of_memory", _POINTER),
+)
+_PackInt4 = _struct(
+    "_PackInt4",
+    ("packed", _POINTER),
+    ("q", _POINTER),
+    ("rows", _INT64),
+    ("columns", _INT64),
+    ("is_signed", _BOOL),
+    ("out_of_range", _POINTER),
+)
+_UnpackInt4 = _struct(
+    "_UnpackInt4",
+    ("q", _POINTER),
+    ("packed", _POINTER),
+    ("rows", _INT64),
+    ("columns", _INT64),
+    ("is_signed", _BOOL),
+)
+
 
 def _call(function: str, struct: type[ctypes.Structure], **fields: Any) -> None:
     """Calls the core with arrays as pointers; raises its message when it refuses."""
@@ -179,3 +208,62 @@ def set_range(
         **options,
     )
     return scale.reshape(layout.scale_shape), zero_point.reshape(layout.scale_shape)
+
+
+def hadamard(x: Array, *, block_size: int | None = None, transpose: bool = False) -> Array:
+    """``fptquant.ops.hadamard`` on a NumPy array: y = H x / sqrt(n), or H^T x / sqrt(n), on blocks of the last axis.
+
+    Raises:
+        UserError: if no Hadamard matrix of this size can be constructed, the block does not divide the last axis, or the
+            dtype is not floating.
+
+    >>> hadamard(np.array([1.0, 0.0, 0.0, 0.0]))
+    array([0.5, 0.5, 0.5, 0.5])
+    """
+    x, dtype, _ = _float_array("hadamard", x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise UserError(f"hadamard: x has shape {x.shape}; the last axis needs at least one element")
+    size = x.shape[-1] if block_size is None else block_size
+    if size < 1 or x.shape[-1] % size:
+        raise UserError(f"hadamard: block_size = {size} does not divide the last axis of shape {x.shape}")
+    y = np.empty_like(x)
+    _call("fptq_hadamard", _Hadamard, y=y, x=x, blocks=x.size // size, size=size, transpose=transpose, dtype=dtype)
+    return y
+
+
+def pack_int4(q: Array, *, signed: bool = True) -> Array:
+    """``fptquant.ops.pack_int4`` on a NumPy array: int8 [R, C] to uint8 [R, ceil(C / 2)], the even column in the low nibble.
+
+    Raises:
+        UserError: if q is not an int8 matrix, or a value lies outside -8..7 (0..15 if not ``signed``).
+
+    >>> pack_int4(np.array([[1, 2, -1]], np.int8))
+    array([[33, 15]], dtype=uint8)
+    """
+    if q.ndim != 2 or q.dtype != np.int8:
+        raise UserError(f"pack_int4: q is {q.dtype} of shape {q.shape}; it must be an int8 matrix")
+    q = np.ascontiguousarray(q)
+    rows, columns = q.shape
+    packed = np.empty((rows, (columns + 1) // 2), np.uint8)
+    _call("fptq_pack_int4", _PackInt4, packed=packed, q=q, rows=rows, columns=columns, is_signed=signed)
+    return packed
+
+
+def unpack_int4(packed: Array, columns: int, *, signed: bool = True) -> Array:
+    """``fptquant.ops.unpack_int4`` on a NumPy array: the inverse of ``pack_int4``, int8 [R, columns].
+
+    Raises:
+        UserError: if packed is not a uint8 matrix of that width.
+
+    >>> unpack_int4(np.array([[33, 15]], np.uint8), 3)
+    array([[ 1,  2, -1]], dtype=int8)
+    """
+    if packed.ndim != 2 or packed.dtype != np.uint8 or columns < 0 or packed.shape[1] != (columns + 1) // 2:
+        raise UserError(
+            f"unpack_int4: packed is {packed.dtype} of shape {packed.shape}; {columns} columns need a uint8 matrix of "
+            f"{(columns + 1) // 2} columns"
+        )
+    packed = np.ascontiguousarray(packed)
+    q = np.empty((packed.shape[0], columns), np.int8)
+    _call("fptq_unpack_int4", _UnpackInt4, q=q, packed=packed, rows=q.shape[0], columns=columns, is_signed=signed)
+    return q

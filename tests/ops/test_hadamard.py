@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+import fptquant.numpy as fnp
 from fptquant import ops
 from fptquant.errors import UserError
 from fptquant.ops import reference
@@ -115,6 +117,20 @@ def test_compiles_without_a_graph_break() -> None:
     x = random(3, 24)
     compiled = torch.compile(lambda x: ops.hadamard(x * 2, block_size=8), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), ops.hadamard(x * 2, block_size=8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_numpy_twin(dtype: torch.dtype) -> None:
+    x = random(3, 40, dtype=dtype)
+    for options in ({}, {"block_size": 20}, {"block_size": 20, "transpose": True}):
+        assert np.array_equal(fnp.hadamard(x.numpy(), **options), ops.hadamard(x, **options).numpy())
+    assert np.array_equal(fnp.hadamard(x.numpy()[:, ::2]), ops.hadamard(x[:, ::2]).numpy())
+    with pytest.raises(UserError, match="no Hadamard matrix of size 7 "):
+        fnp.hadamard(np.zeros((2, 7)))
+    with pytest.raises(UserError, match="block_size = 3 does not divide"):
+        fnp.hadamard(np.zeros((2, 8)), block_size=3)
+    with pytest.raises(UserError, match="dtype int64"):
+        fnp.hadamard(np.zeros((2, 8), np.int64))
 
 
 def test_errors_name_possible_sizes() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import fptquant.numpy as fnp
 from fptquant import ops
 from fptquant.errors import UserError
 from fptquant.ops import reference
@@ -45,6 +47,21 @@ def test_opcheck() -> None:
     q = integers(3, 5, True)
     torch.library.opcheck(torch.ops.fptquant.pack_int4.default, (q, True))
     torch.library.opcheck(torch.ops.fptquant.unpack_int4.default, (ops.pack_int4(q), 5, True))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_numpy_twin(signed: bool) -> None:
+    q = integers(3, 5, signed)
+    packed = fnp.pack_int4(q.numpy(), signed=signed)
+    assert np.array_equal(packed, ops.pack_int4(q, signed=signed).numpy())
+    assert np.array_equal(fnp.unpack_int4(packed, 5, signed=signed), q.numpy())
+    assert np.array_equal(fnp.pack_int4(q.numpy().T, signed=signed), ops.pack_int4(q.t(), signed=signed).numpy())
+    with pytest.raises(UserError, match="a value lies outside"):
+        fnp.pack_int4(np.full((2, 3), 99, np.int8), signed=signed)
+    with pytest.raises(UserError, match="must be an int8 matrix"):
+        fnp.pack_int4(np.zeros((2, 3)), signed=signed)
+    with pytest.raises(UserError, match="need a uint8 matrix of 4"):
+        fnp.unpack_int4(packed, 7, signed=signed)
 
 
 def test_not_contiguous_is_made_so() -> None:
