@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
@@ -212,8 +214,14 @@ def _run(configs: list[Config], title: str, output: str, overwrite: bool, save: 
     console.print(f"written to {escape(str(experiment.folder))}")
 
 
+def _terminate(signal_number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + signal_number)
+
+
 def main() -> None:
     """Entry point of ``fptquant``."""
+    # A polite kill unwinds like Ctrl-C does, so that no partial run folder stays behind.
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app(prog_name="fptquant")
     except BrokenPipeError:

@@ -34,9 +34,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
 def config_folders() -> list[Path]:
@@ -127,9 +125,7 @@ def _apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> tuple
         try:
             value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError:
-            problems.append(
-                (override, f"the value {text!r} is not valid YAML; put text with special characters in quotes")
-            )
+            problems.append((override, f"the value {text!r} is not valid YAML; put text with special characters in quotes"))
             continue
         try:
             _set(result, keys, value)
@@ -276,9 +272,7 @@ def _valid_keys(schema: type[BaseModel], location: Iterable[Any]) -> list[str]:
     for key in location:
         field = current.model_fields.get(str(key))
         if field is not None:
-            models = [
-                kind for kind in _flatten(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)
-            ]
+            models = [kind for kind in _flatten(field.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
             current = models[0] if models else current
     return list(current.model_fields)
 

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def token_windows(
-    tokenizer: PreTrainedTokenizerBase, text: Text, windows: int, window: int, *, seed: int | None = None
-) -> Tensor:
+def token_windows(tokenizer: PreTrainedTokenizerBase, text: Text, windows: int, window: int, *, seed: int | None = None) -> Tensor:
     """The first windows of a text, or with a seed a random choice of them, in the order of the text.
 
     The whole text is tokenized at once, without special tokens, and cut every ``window`` tokens.
@@ -50,6 +48,4 @@ def check_window(model_config: Any, window: int, what: str) -> None:
     """
     context = getattr(model_config, "max_position_embeddings", None)
     if context is not None and window > context:
-        raise UserError(
-            f"{what} = {window:,} is longer than the model's context of {context:,} tokens; choose at most that"
-        )
+        raise UserError(f"{what} = {window:,} is longer than the model's context of {context:,} tokens; choose at most that")
