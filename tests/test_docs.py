@@ -1,0 +1,264 @@
+"""Prose about code is tested: paths, links, commands, variables, names, configs, the operator table and the notebook."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import fptquant as fq
+from fptquant.cli import app
+from fptquant.config.loading import load_demo_config
+from fptquant.reports.table import COLUMNS
+from tests.operator_table import operator_table
+from tests.tiny_folder import save_tiny_folder
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "csrc").rglob("*.md"), *(ROOT / "docs").rglob("*.md")])
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SOURCE_ENDINGS = (".c", ".h", ".cpp", ".py", ".md", ".yaml", ".toml", ".ipynb", ".in")
+PRODUCTS = ("out/", "runs/", "build/", "model.safetensors", "config.json", "merged/", "transformed/", "Python.h")
+"""Beginnings of paths that commands make or users bring; they are not in the repository."""
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def prose(text: str) -> str:
+    """Markdown without its fenced blocks."""
+    return FENCE.sub("", text)
+
+
+def inline_code(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose(text))
+
+
+def notebook_markdown(path: Path) -> str:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+def text_of(document: Path) -> str:
+    return notebook_markdown(document) if document.suffix == ".ipynb" else document.read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------ paths and links
+
+
+def looks_like_a_path(code: str) -> bool:
+    """A word with a slash that begins with something in the repository, or with the ending of a source file."""
+    if " " in code or code.startswith(("-", "http", "~", "$", "/")) or "(" in code or "=" in code or code.startswith(PRODUCTS):
+        return False
+    first = code.split("/")[0]
+    return code.endswith(SOURCE_ENDINGS) or ("/" in code and (ROOT / first).exists())
+
+
+def exists(code: str, document: Path) -> bool:
+    """A path starts at the root or beside the document; of ``csrc/cpu/<isa>/`` the folder before the placeholder must exist."""
+    path = code.partition("<")[0].rpartition("/")[0] if "<" in code else code
+    return any((folder / path).exists() for folder in (ROOT, document.parent))
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *NOTEBOOKS], ids=ids)
+def test_every_path_in_backticks_exists(document: Path) -> None:
+    missing = [code for code in inline_code(text_of(document)) if looks_like_a_path(code) and not exists(code, document)]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *NOTEBOOKS], ids=ids)
+def test_every_relative_link_leads_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", prose(text_of(document)))
+    local = [link.partition("#")[0] for link in links if not link.startswith(("http", "#"))]
+    assert not [link for link in local if not (document.parent / link).exists()]
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *NOTEBOOKS], ids=ids)
+def test_every_dotted_name_can_be_imported(document: Path) -> None:
+    names = [code.removesuffix("()") for code in inline_code(text_of(document))]
+    dotted = [name for name in names if re.fullmatch(r"fptquant(\.\w+)+", name)]
+    assert not [name for name in dotted if not resolves(name)]
+
+
+def resolves(dotted: str) -> bool:
+    """Whether ``a.b.C.d`` is a module or an attribute of one."""
+    parts = dotted.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            value: Any = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[cut:]:
+            if not hasattr(value, name) and name not in getattr(value, "__annotations__", {}):
+                return False
+            value = getattr(value, name, None)
+        return True
+    return False
+
+
+# -------------------------------------------------------------------------------------------------------------- commands
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Every ``make ...`` and ``fptquant ...`` of a document: in backticks, or a line of a shell block."""
+    blocks = [body.splitlines() for language, body in FENCE.findall(text) if language in ("", "sh", "bash", "console")]
+    lines = [line.removeprefix("$ ").strip() for body in blocks for line in body]
+    for line in [*lines, *inline_code(text)]:
+        words = shlex.split(line, comments=True) if re.match(r"(make|fptquant|python -m fptquant)(\s|$)", line) else []
+        if words[:3] == ["python", "-m", "fptquant"]:
+            words = words[2:]
+        if words:
+            yield words
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def check_fptquant(arguments: list[str]) -> None:
+    """The subcommand and its options exist, and a config with such overrides is valid."""
+    if not arguments or arguments[0] == "--help":
+        return
+    group = typer.main.get_command(app)
+    command = group.commands[arguments[0]]  # type: ignore[attr-defined]
+    flags = {flag: parameter for parameter in command.params for flag in parameter.opts + parameter.secondary_opts}
+    words, rest = [], iter(arguments[1:])
+    for word in rest:
+        if word.startswith("-"):
+            assert word in flags or word in ("-h", "--help"), f"{arguments[0]} has no option {word}"
+            if word in flags and not getattr(flags[word], "is_flag", False):
+                next(rest)
+        else:
+            words.append(word)
+    placeholders = any(word.isupper() or "KEY=" in word or "..." in word for word in words)
+    if arguments[0] == "demo":
+        load_demo_config("configs/demo.yaml", *words)
+    elif arguments[0] in ("show", "validate", "run") and words and not placeholders and words[0] != "my.yaml":
+        fq.load_config(*words)
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *NOTEBOOKS], ids=ids)
+def test_every_command_exists(document: Path) -> None:
+    for program, *arguments in commands(text_of(document)):
+        if program == "make":
+            targets = [word for word in arguments if "=" not in word]
+            assert set(targets) <= make_targets(), targets
+        else:
+            check_fptquant(arguments)
+
+
+def test_contributing_names_every_make_target() -> None:
+    named = {words[1] for words in commands((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")) if words[0] == "make"}
+    assert named >= make_targets() - {"help"}
+
+
+# ---------------------------------------------------------------------------------------------------------- python blocks
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
+def test_python_blocks_use_the_real_interface(document: Path) -> None:
+    """Blocks are not run (they take minutes): names must exist, arguments must fit, configs must load."""
+    for language, body in FENCE.findall(document.read_text(encoding="utf-8")):
+        if language == "python":
+            check_python(ast.parse(body))
+
+
+def check_python(tree: ast.AST) -> None:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module or "")
+            assert not [alias.name for alias in node.names if not hasattr(module, alias.name)]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            called = node.func
+            if isinstance(called.value, ast.Name) and called.value.id == "fq":
+                function = getattr(fq, called.attr)
+                keywords = {str(keyword.arg): None for keyword in node.keywords}
+                inspect.signature(function).bind(*node.args, **keywords)
+                if called.attr == "load_config":
+                    fq.load_config(*[ast.literal_eval(argument) for argument in node.args])
+            elif isinstance(called.value, ast.Name) and called.value.id == "result":
+                assert hasattr(fq.CalibrationResult, called.attr)
+
+
+# -------------------------------------------------------------------------------------------- variables, configs, tables
+
+
+def test_every_variable_that_is_read_is_documented() -> None:
+    sources = [path for folder in ("fptquant", "csrc", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.[cph]*")]
+    sources += [ROOT / "setup.py", ROOT / "Makefile"]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources if path.suffix in (".py", ".c", ".h", ".cpp", ""))
+    read = set(re.findall(r"\bFPTQUANT_[A-Z0-9_]+\b", code))
+    documented = set(re.findall(r"\bFPTQUANT_[A-Z0-9_]+\b", (ROOT / "docs" / "env_vars.md").read_text(encoding="utf-8")))
+    assert documented == read
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=ids)
+def test_every_config_loads(path: Path) -> None:
+    if path.stem != "demo":
+        assert fq.load_config(path).name == path.stem
+        return
+    demo = load_demo_config(path)
+    for method in demo.methods:
+        for setting in demo.settings:
+            assert fq.load_config(method, f"quantization={setting}", *demo.overrides).quantization.label == setting
+
+
+def test_the_operator_table_matches_the_tree() -> None:
+    expected = operator_table()
+    text = (ROOT / "csrc" / "README.md").read_text(encoding="utf-8")
+    assert expected in text, f"csrc/README.md is out of date; python -m tests.operator_table prints this table:\n{expected}"
+
+
+def test_the_readme_has_room_for_measured_tables_and_they_have_the_columns_of_the_code() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("demo", "bench"):
+        assert text.count(f"<!-- table: {name} -->") == text.count(f"<!-- end of table: {name} -->") == 1
+    demo = text.partition("<!-- table: demo -->")[2].partition("<!-- end of table: demo -->")[0]
+    assert not demo.strip() or "| " + " | ".join(COLUMNS) + " |" in demo
+
+
+# --------------------------------------------------------------------------------------------------------------- notebook
+
+
+@cache
+def notebook_code(path: Path) -> list[dict[str, Any]]:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
+def test_the_notebook_is_stored_executed(path: Path) -> None:
+    cells = notebook_code(path)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] in ("error", "stream")]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 1
+    assert not re.search(r'"[^"\n]*(/home/|/root/|/tmp/)', json.dumps([output for output in outputs if "text" in output]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
+def test_the_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell, with a tiny random model in the place of the one it names."""
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    folder = save_tiny_folder(tmp_path / "model", max_position_embeddings=256)
+    book = nbformat.read(path, as_version=4)
+    cell = next(cell for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
+    cell.source = f"MODEL = {str(folder)!r}"
+    nbclient.NotebookClient(book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
