@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 NORM_READERS = {"input_norm": ("q_proj", "k_proj", "v_proj"), "post_norm": ("gate_proj", "up_proj")}
 """The linears of a block that read each norm's output."""
 
-ROWS_AT_ONCE = 8192
+ROWS_AT_ONCE = 2048
 """Rows that are multiplied together: bounds the wide copy of an lm_head with many rows."""
 
 
@@ -28,7 +28,7 @@ def _gain(norm: nn.Module) -> nn.Parameter:
 
 
 def _scale_columns_(weight: Tensor, gain: Tensor) -> None:
-    for rows in weight.split(ROWS_AT_ONCE):
+    for rows in torch.split(weight, ROWS_AT_ONCE):
         rows.copy_(rows.double() * gain.double())
 
 

@@ -78,6 +78,7 @@ def rotate_residual_(model: PreTrainedModel, rotation: ResidualRotation, progres
     """
     view = view_model(model)
     _check_rotation(view)
+    rotation = rotation.frozen()
     embedding = view.embedding.weight
     embedding.copy_(rotation.merge_into(embedding, "embedding"))
     blocks = view.blocks

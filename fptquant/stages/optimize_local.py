@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fptquant import ops
 from fptquant.errors import UserError
 from fptquant.models.adapter import BlockView, view_model
+from fptquant.stages.block_pool import map_blocks
 from fptquant.stages.merge_transforms import check_block_count
 from fptquant.stages.optimize_value_mixing import optimize_value_mixing
 from fptquant.stages.progress import Progress, quiet
@@ -244,8 +245,9 @@ def optimize_local_(
     """Optimizes T_k, T_v and T_u of every block in place; the model is only read.
 
     Fold the norm gains first, and merge T_r: the objective is that of the weights which will be quantized (T_d, which
-    is merged afterwards, is left out of it). Blocks are independent, one is worked on at a time, so the memory needed
-    is a few times the largest weight. Nothing is random.
+    is merged afterwards, is left out of it). Blocks are independent; each is worked on by one thread, so the memory
+    needed is a few times the largest weight for each thread, and the result does not depend on their number. Nothing
+    is random.
 
     Args:
         steps, lr: of AdamW, for each block (``adamw`` only).
@@ -259,8 +261,9 @@ def optimize_local_(
     check_block_count(len(blocks), transforms)
     began = time.perf_counter()
     report = LocalReport(method)
-    for index, block in enumerate(blocks):
-        report.blocks.append(optimize_block_(block, transforms.block(index), options))
-        progress(index + 1, len(blocks), "optimizing the transforms of each block")
+    results = map_blocks(lambda block: optimize_block_(block, transforms.block(block.index), options), blocks)
+    for done, terms in enumerate(results, start=1):
+        report.blocks.append(terms)
+        progress(done, len(blocks), "optimizing the transforms of each block")
     report.seconds = time.perf_counter() - began
     return report

@@ -36,6 +36,9 @@ SMALLEST_CURVATURE = 2.0
 Measured on SmolLM2-135M: 0.1 needs 1.5 times as many evaluations for the same objective, most of them in line searches.
 """
 
+SMALLEST_FLOOR = 1e-10
+"""For heads that are zero altogether; squared it is still a float32."""
+
 SUFFICIENT_DECREASE = 1e-4
 LINE_SEARCH_TRIES = 8
 STEP_SHRINK = 0.3
@@ -70,7 +73,7 @@ def _sum64(x: Tensor) -> Tensor:
 
 
 def _evaluate(matrix: Tensor, values: Tensor, outputs: Tensor) -> _Point:
-    y, z = matrix @ values, outputs @ torch.linalg.inv(matrix)
+    y, z = matrix @ values, outputs @ torch.linalg.inv_ex(matrix).inverse
     y2, z2 = y * y, z * z
     return _Point(matrix, y, z, y2, z2, _sum64(y2 * y2) + _sum64(z2 * z2))
 
@@ -96,14 +99,15 @@ def balanced_factorization(values: Tensor, outputs: Tensor) -> Tensor:
     def gram(x: Tensor) -> Tensor:
         product = x @ x.mT
         mean = torch.diagonal(product, dim1=-2, dim2=-1).mean(-1)
-        floor = (1e-12 * mean).clamp_min(torch.finfo(torch.float64).tiny)
+        floor = torch.where(mean > 0, 1e-12 * mean, torch.ones_like(mean))
         return product + floor[:, None, None] * torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
 
     lower = torch.linalg.cholesky(gram(values.double()))
     eigenvalues, vectors = torch.linalg.eigh(lower.mT @ gram(outputs.double().mT) @ lower)
     largest = eigenvalues.amax(-1, keepdim=True)
     roots = torch.maximum(eigenvalues, 1e-12 * largest).pow(0.25)
-    return torch.linalg.solve_triangular(lower, roots[..., None, :] * vectors, upper=False, left=False).mT
+    factor: Tensor = torch.linalg.solve_triangular(lower, roots[..., None] * vectors.mT, upper=False, left=False)
+    return factor
 
 
 def _rescaled(point: _Point, values: Tensor, outputs: Tensor) -> _Point:
@@ -126,7 +130,7 @@ def _curvature(point: _Point) -> tuple[Tensor, Tensor]:
 def _precondition(gradient: Tensor, curvature: tuple[Tensor, Tensor], value: Tensor, orthogonal: bool) -> Tensor:
     """Solves the 2 x 2 blocks [[P_ij, C_ij], [C_ij, P_ji]] after raising their smallest eigenvalue."""
     p, c = curvature
-    floor = (SMALLEST_CURVATURE / p.shape[-1] * value).to(p.dtype)[:, None, None]
+    floor = (SMALLEST_CURVATURE / p.shape[-1] * value).clamp_min(SMALLEST_FLOOR).to(p.dtype)[:, None, None]
     if orthogonal:
         return gradient / torch.maximum((p + p.mT) / 2 - c, floor)
     smallest = (p + p.mT) / 2 - ((p - p.mT).square() / 4 + c * c).sqrt()
@@ -159,6 +163,17 @@ class _History:
         for (step, change, rho), factor in zip(self.pairs, reversed(factors), strict=True):
             q = q + step * (factor - rho * _dot(change, q))
         return -q
+
+
+def _unit_scales(values: Tensor, outputs: Tensor, orthogonal: bool) -> tuple[Tensor, Tensor]:
+    """Root mean squares of V and O by head [K, 1, 1], by which the problem is divided so that float32 suffices.
+
+    f for V / a, O / b and M is f for V, O and sqrt(b / a) M, divided by (a b)^2. An orthogonal M leaves no such freedom:
+    then a = b.
+    """
+    a, b = (x.square().mean((-2, -1), keepdim=True).sqrt() for x in (values, outputs))
+    a, b = (torch.where(x > 0, x, torch.ones_like(x)) for x in (a, b))
+    return (torch.maximum(a, b),) * 2 if orthogonal else (a, b)
 
 
 def _moved(point: _Point, step: Tensor, values: Tensor, outputs: Tensor, orthogonal: bool) -> _Point:
@@ -212,8 +227,21 @@ def optimize_value_mixing(
     """
     orthogonal = constraint == "orthogonal"
     start = start.to(values.dtype)
-    first = point = _evaluate(start, values, outputs)
-    if not orthogonal and steps > 0:
+    before = value_mixing_loss(start, values, outputs)
+    if steps == 0:
+        return ValueMixingResult(start, before, before, 0)
+    value_scale, output_scale = _unit_scales(values, outputs, orthogonal)
+    matrix, taken = _minimize(start, values / value_scale, outputs / output_scale, orthogonal, steps, tolerance)
+    matrix = (output_scale / value_scale).sqrt() * matrix
+    after = value_mixing_loss(matrix, values, outputs)
+    better = after <= before
+    return ValueMixingResult(torch.where(better[:, None, None], matrix, start), before, torch.where(better, after, before), taken)
+
+
+def _minimize(start: Tensor, values: Tensor, outputs: Tensor, orthogonal: bool, steps: int, tolerance: float) -> tuple[Tensor, int]:
+    """The matrices, and the number of steps taken."""
+    point = _evaluate(start, values, outputs)
+    if not orthogonal:
         balanced = start @ balanced_factorization(values, outputs).to(values.dtype)
         point = _rescaled(_evaluate(balanced, values, outputs), values, outputs)
     history, quiet, taken = _History(), 0, 0
@@ -229,11 +257,7 @@ def optimize_value_mixing(
         decrease = (point.value - new.value) / point.value.clamp_min(torch.finfo(torch.float64).tiny)
         quiet = quiet + 1 if float(decrease.max()) < tolerance else 0
         point, gradient, taken = new, new_gradient, taken + 1
-    if not orthogonal and steps > 0:
-        point = _rescaled(point, values, outputs)
-    better = point.value <= first.value
-    matrix = torch.where(better[:, None, None], point.matrix, start)
-    return ValueMixingResult(matrix, first.value, torch.where(better, point.value, first.value), taken)
+    return (point if orthogonal else _rescaled(point, values, outputs)).matrix, taken
 
 
 def _relative_gradient(point: _Point, orthogonal: bool) -> Tensor:

@@ -90,7 +90,9 @@ def random_orthogonal(size: int, rng: torch.Generator) -> Tensor:
     distribution would depend on the convention of the factorization.
     """
     q, r = torch.linalg.qr(torch.randn(size, size, generator=rng, dtype=torch.float64))
-    return q * torch.sign(torch.diagonal(r))
+    signs: Tensor = torch.sign(torch.diagonal(r))
+    matrix: Tensor = signs * q
+    return matrix
 
 
 def is_hadamard_size(size: int) -> bool:
@@ -114,7 +116,7 @@ def start_matrix(start: Start, size: int, rng: torch.Generator) -> Tensor:
     if start not in get_args(Start):
         raise UserError(f"start {start!r} is not known; choose one of {', '.join(get_args(Start))}")
     try:
-        matrix = ops.hadamard_matrix(size, torch.float64) / size**0.5
+        matrix: Tensor = ops.hadamard_matrix(size, torch.float64) / size**0.5
     except UserError as error:
         raise UserError(f"{error}; or choose the start identity or random_orthogonal, which exist in any size") from None
     return matrix * random_signs(size, rng) if start == "random_hadamard" else matrix

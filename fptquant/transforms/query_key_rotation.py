@@ -65,7 +65,7 @@ class QueryKeyRotation(Transform):
         dtype, group = compute_dtype(x), self.group(x.shape[-1])
         angle = angle.to(dtype).repeat_interleave(group, dim=0)
         scale = log_scale.to(dtype).exp().repeat_interleave(group, dim=0)
-        first, second = x.to(dtype).unflatten(-1, (-1, 2, self.head_dim // 2)).unbind(-2)
+        first, second = x.to(dtype).reshape(*x.shape[:-1], -1, 2, self.head_dim // 2).unbind(-2)
         cosine, sine = angle.cos(), angle.sin()
         turned = (scale * (cosine * first - sine * second), scale * (sine * first + cosine * second))
         return torch.stack(turned, dim=-2).flatten(-3).to(x.dtype)

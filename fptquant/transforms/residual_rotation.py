@@ -19,7 +19,7 @@ from fptquant.transforms.base import (
     start_matrix,
 )
 
-ROWS_AT_ONCE = 8192
+ROWS_AT_ONCE = 2048
 """Rows that are merged together: bounds the wide copies of an embedding with many rows."""
 
 
@@ -34,7 +34,8 @@ def cayley(skew: Tensor) -> Tensor:
     """
     half = skew.double() / 2
     eye = torch.eye(half.shape[-1], dtype=torch.float64, device=half.device)
-    return torch.linalg.solve(eye - half, eye + half)
+    rotation: Tensor = torch.linalg.solve(eye - half, eye + half)
+    return rotation
 
 
 class ResidualRotation(Transform):
@@ -112,6 +113,14 @@ class ResidualRotation(Transform):
         self.signs = self.signs.new_zeros(0)
         with torch.no_grad():
             self.generator.zero_()
+
+    def frozen(self) -> ResidualRotation:
+        """The same rotation with the parameter absorbed into the start, so that many merges compute C only once."""
+        if self.is_fast or not bool(self.generator.detach().any()):
+            return self
+        copy = ResidualRotation(self.hidden_size, start="identity").to(self.generator.device)
+        copy.set_matrix_(self.matrix())
+        return copy
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotates vectors of the residual [..., H]."""

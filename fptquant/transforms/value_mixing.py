@@ -67,7 +67,8 @@ class ValueMixing(Transform):
         exponent = self.log_mixing.double()
         if self.constraint == "orthogonal":
             exponent = exponent - exponent.mT
-        return torch.linalg.matrix_exp(exponent) @ self.base
+        mixing: Tensor = torch.linalg.matrix_exp(exponent) @ self.base
+        return mixing
 
     def set_matrix_(self, matrix: Tensor) -> None:
         """Makes ``matrix`` [K, D, D] the base, and the parameter zero."""
@@ -79,7 +80,8 @@ class ValueMixing(Transform):
 
     def condition_numbers(self) -> Tensor:
         """Largest over smallest singular value of each matrix, [K]."""
-        return torch.linalg.cond(self.matrix().detach())
+        numbers: Tensor = torch.linalg.cond(self.matrix().detach())
+        return numbers
 
     def group(self, features: int) -> int:
         """Query heads that share one key/value head, where there are ``features`` = heads * head_dim in all."""
@@ -93,8 +95,8 @@ class ValueMixing(Transform):
 
     def _multiply(self, x: Tensor, matrix: Tensor) -> Tensor:
         dtype, group = compute_dtype(x), self.group(x.shape[-1])
-        heads = x.to(dtype).unflatten(-1, (-1, self.head_dim))
-        mixed = matrix.to(dtype).repeat_interleave(group, dim=0) @ heads.unsqueeze(-1)
+        heads = x.to(dtype).reshape(*x.shape[:-1], -1, self.head_dim)
+        mixed: Tensor = matrix.to(dtype).repeat_interleave(group, dim=0) @ heads.unsqueeze(-1)
         return mixed.squeeze(-1).flatten(-2).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,6 +113,10 @@ class ValueMixing(Transform):
         wide = weight.double() if weight.dim() == 2 else weight.double().unsqueeze(-1)
         merged = ops.merge_value(wide, self.matrix(), group=group, inverse=side == "output")
         return merged.reshape(weight.shape).to(weight.dtype)
+
+    def randomize_(self, generator: torch.Generator | None = None, spread: float = 0.3) -> None:
+        """Draws the parameter so that the condition numbers are alike, whatever the size."""
+        super().randomize_(generator, spread / self.head_dim**0.5)
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,87 @@
+"""T_v: inverse undoes it, it cannot become singular, starts are what they are called, merged is online."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+
+from fptquant import ops
+from fptquant.errors import UserError
+from fptquant.transforms import Start, ValueMixing
+from fptquant.transforms.base import generator
+from fptquant.transforms.value_mixing import Constraint
+
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 12
+
+
+@pytest.mark.parametrize("start", get_args(Start))
+@pytest.mark.parametrize("constraint", get_args(Constraint))
+def test_starts_are_orthogonal_and_seeded(start: Start, constraint: Constraint) -> None:
+    transform = ValueMixing(KV_HEADS, HEAD_DIM, start=start, constraint=constraint, seed=5)
+    matrix = transform.matrix().detach()
+    eye = torch.eye(HEAD_DIM, dtype=torch.float64).expand(KV_HEADS, -1, -1)
+    torch.testing.assert_close(matrix @ matrix.mT, eye, rtol=0, atol=1e-13)
+    assert torch.equal(matrix, ValueMixing(KV_HEADS, HEAD_DIM, start=start, seed=5).matrix())
+    if start == "identity":
+        assert torch.equal(matrix, eye)
+    if "hadamard" in start:
+        assert float((matrix.abs() - HEAD_DIM**-0.5).abs().max()) < 1e-14
+    if start == "hadamard":
+        torch.testing.assert_close(matrix[1] * HEAD_DIM**0.5, ops.hadamard_matrix(HEAD_DIM))
+    if start.startswith("random"):
+        assert not torch.equal(matrix[0], matrix[1])
+        assert not torch.equal(matrix, ValueMixing(KV_HEADS, HEAD_DIM, start=start, seed=6).matrix())
+
+
+@pytest.mark.parametrize("constraint", get_args(Constraint))
+def test_inverse_and_merging(constraint: Constraint) -> None:
+    rng = generator(3)
+    transform = ValueMixing(KV_HEADS, HEAD_DIM, constraint=constraint).requires_grad_(False)
+    transform.randomize_(rng)
+    values = torch.randn(4, KV_HEADS * HEAD_DIM, generator=rng, dtype=torch.float64)
+    torch.testing.assert_close(transform.inverse(transform(values)), values, rtol=0, atol=1e-13)
+    weight = torch.randn(KV_HEADS * HEAD_DIM, 7, generator=rng, dtype=torch.float64)
+    bias, x = torch.randn(KV_HEADS * HEAD_DIM, generator=rng).double(), torch.randn(4, 7, generator=rng, dtype=torch.float64)
+    merged = torch.nn.functional.linear(x, transform.merge_into(weight, "value"), transform.merge_into(bias, "value"))
+    torch.testing.assert_close(merged, transform(torch.nn.functional.linear(x, weight, bias)), rtol=0, atol=1e-12)
+    output = torch.randn(5, HEADS * HEAD_DIM, generator=rng, dtype=torch.float64)
+    attended = torch.randn(4, HEADS * HEAD_DIM, generator=rng, dtype=torch.float64)
+    torch.testing.assert_close(
+        attended @ transform.merge_into(output, "output").T, transform.inverse(attended) @ output.T, rtol=0, atol=1e-12
+    )
+
+
+def test_no_parameter_makes_it_singular() -> None:
+    transform = ValueMixing(1, 4, start="identity").requires_grad_(False)
+    transform.log_mixing.copy_(-5 * torch.ones(4, 4))
+    assert float(torch.linalg.det(transform.matrix())) == pytest.approx(torch.tensor(-20.0).exp().item(), rel=1e-6)
+    orthogonal = ValueMixing(1, 4, constraint="orthogonal").requires_grad_(False)
+    orthogonal.log_mixing.copy_(100 * torch.randn(4, 4, generator=generator(0)))
+    assert float(orthogonal.condition_numbers()) == pytest.approx(1.0, abs=1e-9)
+
+
+def test_set_matrix_and_gradient() -> None:
+    transform = ValueMixing(KV_HEADS, HEAD_DIM)
+    transform.randomize_(generator(1))
+    matrix = torch.randn(KV_HEADS, HEAD_DIM, HEAD_DIM, generator=generator(2), dtype=torch.float64)
+    transform.set_matrix_(matrix)
+    torch.testing.assert_close(transform.matrix().detach(), matrix, rtol=0, atol=1e-14)
+    transform.matrix().sum().backward()  # type: ignore[no-untyped-call]
+    expected = torch.ones(HEAD_DIM, HEAD_DIM, dtype=torch.float64) @ matrix.mT
+    torch.testing.assert_close(transform.log_mixing.grad, expected.float())
+
+
+def test_errors() -> None:
+    with pytest.raises(UserError, match=r"10.*identity or random_orthogonal"):
+        ValueMixing(1, 10)
+    assert ValueMixing(1, 10, start="random_orthogonal").describe()["largest_condition_number"] == pytest.approx(1.0)
+    with pytest.raises(UserError, match="constraint 'triangular' is not known"):
+        ValueMixing(1, 4, constraint="triangular")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="start 'hadamrd' is not known"):
+        ValueMixing(1, 4, start="hadamrd")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="does not fit 20 features"):
+        ValueMixing(2, 4).merge_into(torch.zeros(5, 20), "output")
+    with pytest.raises(UserError, match=r"shape \[2, 4, 4\], not \[4, 4\]"):
+        ValueMixing(2, 4).set_matrix_(torch.eye(4))
