@@ -57,7 +57,8 @@ class build_clib_per_isa(build_clib):
         self.build_temp = folder
 
 
-headers = [str(path) for path in sorted(CSRC.rglob("*.h"))]
+# A twin may include the specification that it replaces in part, so every object depends on both.
+headers = [str(path) for path in sorted([*CSRC.rglob("*.h"), *(CSRC / "cpu").glob("*.c")])]
 libraries = [
     (
         f"fptq_{isa}",

@@ -18,6 +18,8 @@
 
 #include "error.h"
 
+/* Dense factors act on runs of 2^power neighbors; shorter runs than 2^4 must be gathered, which costs like an order of 24. */
+enum { GATHER_POWER = 4, GATHER_COST = 24 };
 enum { LARGEST_ORDER = 1024, LARGEST_PART = LARGEST_ORDER / 4, MAX_DEGREE = 10 };
 
 /* Bit j of each mask, 1 <= j <= (n - 1) / 2: entries j and n - j of the first row are -1. */
@@ -236,7 +238,7 @@ static fptq_status factor(int order, const int8_t **out)
     return FPTQ_OK;
 }
 
-/* Splits `odd` into parts of at most `largest`, with `power` twos to spend; keeps the cheapest (least sum of orders) in `best`. */
+/* Splits `odd` into parts of at most `largest`, with `power` twos to spend; keeps the cheapest in `best`. */
 static void search(int64_t odd, int64_t power, int64_t largest, int64_t cost, struct fptq_hadamard_plan *now,
                    struct fptq_hadamard_plan *best, int64_t *best_cost)
 {
@@ -244,9 +246,12 @@ static void search(int64_t odd, int64_t power, int64_t largest, int64_t cost, st
         return;
     }
     if (odd == 1) {
-        now->power = power;
-        *best = *now;
-        *best_cost = cost;
+        cost += now->num_factors > 0 && power < GATHER_POWER ? GATHER_COST : 0;
+        if (cost < *best_cost) {
+            now->power = power;
+            *best = *now;
+            *best_cost = cost;
+        }
         return;
     }
     for (int64_t part = odd < largest ? odd : largest; part >= 3; part -= 2) {
