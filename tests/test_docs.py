@@ -30,7 +30,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SOURCE_ENDINGS = (".c", ".h", ".cpp", ".py", ".md", ".yaml", ".toml", ".ipynb", ".in")
-PRODUCTS = ("out/", "runs/", "build/", "model.safetensors", "config.json", "merged/", "transformed/", "Python.h")
+PRODUCTS = (".venv", "out/", "runs/", "build/", "model.safetensors", "config.json", "merged/", "transformed/", "Python.h")
 """Beginnings of paths that commands make or users bring; they are not in the repository."""
 
 
@@ -107,6 +107,22 @@ def resolves(dotted: str) -> bool:
             value = getattr(value, name, None)
         return True
     return False
+
+
+@cache
+def words_of_the_code() -> frozenset[str]:
+    """Every identifier in sources, tests and configs."""
+    files = [path for folder in ("fptquant", "csrc", "tests", "configs", "benchmarks") for path in (ROOT / folder).rglob("*.*")]
+    texts = (path.read_text(encoding="utf-8") for path in files if path.suffix in (".py", ".c", ".h", ".cpp", ".yaml"))
+    return frozenset(re.findall(r"\w+", "\n".join(texts)))
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *NOTEBOOKS], ids=ids)
+def test_every_name_in_backticks_is_used_by_the_code(document: Path) -> None:
+    codes = (re.fullmatch(r"([A-Za-z_]\w*)(\([\w, ]*\))?", code) for code in inline_code(text_of(document)))
+    names = {match[1] for match in codes if match}
+    outside = {name for name in names if name.isupper() and not name.startswith("FPTQUANT_")}  # variables and words of others
+    assert names - outside <= words_of_the_code(), names - outside - words_of_the_code()
 
 
 # -------------------------------------------------------------------------------------------------------------- commands
