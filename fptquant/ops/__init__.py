@@ -9,13 +9,13 @@ from fptquant.ops.merge_query_key import (
     merge_query_key,
     merge_query_key_fake_quant,
     query_key_moments,
-    solve_query_key,
 )
 from fptquant.ops.merge_scale import merge_scale, merge_scale_fake_quant, scale_moments
 from fptquant.ops.merge_value import merge_value
 from fptquant.ops.pack_int4 import pack_int4, unpack_int4
 from fptquant.ops.residual_scale import residual_scale
 from fptquant.ops.set_range import range_errors, range_histogram, range_minmax, range_qparams, set_range
+from fptquant.ops.solve_query_key import solve_query_key
 
 register_torch()
 

@@ -12,8 +12,7 @@ def heads_of(name: str, weight: Tensor, angle: Tensor, log_scale: Tensor, group:
     """The number of heads (kv heads times group) of a weight or bias whose RoPE pairs angle and log_scale describe."""
     if angle.dim() != 2 or angle.shape != log_scale.shape:
         raise UserError(
-            f"{name}: angle {list(angle.shape)} and log_scale {list(log_scale.shape)} must both be "
-            "[kv_heads, head_dim / 2]"
+            f"{name}: angle {list(angle.shape)} and log_scale {list(log_scale.shape)} must both be [kv_heads, head_dim / 2]"
         )
     rows = angle.shape[0] * group * 2 * angle.shape[1]
     if group < 1 or weight.dim() not in (1, 2) or weight.shape[0] != rows:
@@ -31,9 +30,7 @@ def row_and_column(name: str, weight: Tensor, row: Tensor | None, column: Tensor
     columns = weight.shape[1] if weight.dim() == 2 else 1
     for label, scale, length in (("row_log_scale", row, weight.shape[0]), ("column_log_scale", column, columns)):
         if scale is not None and (scale.dim() != 1 or scale.shape[0] != length):
-            raise UserError(
-                f"{name}: {label} has shape {list(scale.shape)}, but weight {list(weight.shape)} needs [{length}]"
-            )
+            raise UserError(f"{name}: {label} has shape {list(scale.shape)}, but weight {list(weight.shape)} needs [{length}]")
 
 
 def fused_inner(name: str, weight: Tensor, scale: Tensor, zero_point: Tensor | None, granularity: Granularity) -> int:

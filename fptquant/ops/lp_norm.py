@@ -10,12 +10,9 @@ from torch import Tensor
 from fptquant.ops import _checks, _library, reference
 
 _library.define(
-    "lp_norm_query_key(Tensor weight, Tensor angle, Tensor log_scale, int group, bool inverse, float p) "
-    "-> (Tensor, Tensor, Tensor)"
+    "lp_norm_query_key(Tensor weight, Tensor angle, Tensor log_scale, int group, bool inverse, float p) -> (Tensor, Tensor, Tensor)"
 )
-_library.define(
-    "lp_norm_scale(Tensor weight, Tensor row_log_scale, Tensor column_log_scale, float p) -> (Tensor, Tensor, Tensor)"
-)
+_library.define("lp_norm_scale(Tensor weight, Tensor row_log_scale, Tensor column_log_scale, float p) -> (Tensor, Tensor, Tensor)")
 _library.fallback("lp_norm_query_key", reference.lp_norm_query_key)
 _library.fallback("lp_norm_scale", reference.lp_norm_scale)
 

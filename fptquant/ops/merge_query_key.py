@@ -26,7 +26,6 @@ _library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define("query_key_moments(Tensor weight, int head_dim) -> Tensor")
-_library.define("solve_query_key(Tensor key_moments, Tensor query_moments) -> (Tensor, Tensor)")
 
 for _name in (
     "merge_query_key",
@@ -34,7 +33,6 @@ for _name in (
     "merge_query_key_fake_quant",
     "merge_query_key_fake_quant_backward",
     "query_key_moments",
-    "solve_query_key",
 ):
     _library.fallback(_name, getattr(reference, _name))
 
@@ -61,14 +59,12 @@ _library.fake(
     "query_key_moments",
     lambda weight, head_dim: weight.new_empty((weight.shape[0] // head_dim, head_dim // 2, 5), dtype=torch.float64),
 )
-_library.fake("solve_query_key", lambda key, query: (key.new_empty(key.shape[:-1]), key.new_empty(key.shape[:-1])))
 
 _merge = _library.operator("merge_query_key")
 _merge_backward = _library.operator("merge_query_key_backward")
 _merge_fake_quant = _library.operator("merge_query_key_fake_quant")
 _merge_fake_quant_backward = _library.operator("merge_query_key_fake_quant_backward")
 _moments = _library.operator("query_key_moments")
-_solve = _library.operator("solve_query_key")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -179,26 +175,3 @@ def query_key_moments(weight: Tensor, *, head_dim: int) -> Tensor:
         )
     result: Tensor = _moments(weight.detach().contiguous(), head_dim)
     return result
-
-
-def solve_query_key(key_moments: Tensor, query_moments: Tensor) -> tuple[Tensor, Tensor]:
-    """The rotation and scale of every RoPE pair that minimize s^4 f_k(phi) + s^-4 f_q(phi), in closed form.
-
-    f(phi) = sum of the fourth powers of the pair after a rotation by phi = c0 + c1 cos 4 phi + c2 sin 4 phi. The best s
-    for a given phi has s^8 = f_q / f_k; what remains, log f_k + log f_q over [0, pi/2), is searched on a dense grid
-    and refined by halving. Pairs that are all zero on either side are left alone (0, 0).
-
-    Shape:
-        key_moments, query_moments: [kv_heads, head_dim / 2, 5] from ``query_key_moments`` (summed over each group).
-        returns: (angle, log_scale), each [kv_heads, head_dim / 2] float64. No gradient.
-
-    Raises:
-        UserError: if the shapes differ or do not end in 5.
-    """
-    if key_moments.shape != query_moments.shape or key_moments.dim() < 1 or key_moments.shape[-1] != 5:
-        raise UserError(
-            f"solve_query_key: key_moments {list(key_moments.shape)} and query_moments {list(query_moments.shape)} "
-            "must both be [kv_heads, head_dim / 2, 5]"
-        )
-    angle, log_scale = _solve(key_moments.double().contiguous(), query_moments.double().contiguous())
-    return angle, log_scale

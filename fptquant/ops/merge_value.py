@@ -32,17 +32,14 @@ def merge_value(weight: Tensor, matrix: Tensor, *, group: int = 1, inverse: bool
             [0.0000, 0.2500]])
     """
     if matrix.dim() != 3 or matrix.shape[1] != matrix.shape[2]:
-        raise UserError(
-            f"merge_value: matrix has shape {list(matrix.shape)}; it must be [kv_heads, head_dim, head_dim]"
-        )
+        raise UserError(f"merge_value: matrix has shape {list(matrix.shape)}; it must be [kv_heads, head_dim, head_dim]")
     heads, head_dim = matrix.shape[0], matrix.shape[1]
     wide_dtype = compute_dtype(weight)
     wide, mixing = weight.to(wide_dtype), matrix.to(wide_dtype)
     if not inverse:
         if weight.dim() not in (1, 2) or weight.shape[0] != heads * head_dim:
             raise UserError(
-                f"merge_value: weight has shape {list(weight.shape)}, but matrix {list(matrix.shape)} needs "
-                f"{heads * head_dim} rows"
+                f"merge_value: weight has shape {list(weight.shape)}, but matrix {list(matrix.shape)} needs {heads * head_dim} rows"
             )
         return torch.matmul(mixing, wide.reshape(heads, head_dim, -1)).reshape(weight.shape).to(weight.dtype)
     columns = heads * group * head_dim

@@ -13,9 +13,7 @@ _library.define("unpack_int4(Tensor packed, int columns, bool signed) -> Tensor"
 _library.fallback("pack_int4", reference.pack_int4)
 _library.fallback("unpack_int4", reference.unpack_int4)
 _library.fake("pack_int4", lambda q, signed: q.new_empty((q.shape[0], (q.shape[1] + 1) // 2), dtype=torch.uint8))
-_library.fake(
-    "unpack_int4", lambda packed, columns, signed: packed.new_empty((packed.shape[0], columns), dtype=torch.int8)
-)
+_library.fake("unpack_int4", lambda packed, columns, signed: packed.new_empty((packed.shape[0], columns), dtype=torch.int8))
 _pack_int4 = _library.operator("pack_int4")
 _unpack_int4 = _library.operator("unpack_int4")
 

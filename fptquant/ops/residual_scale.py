@@ -34,9 +34,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dnormalized: Tensor, dnew: Tensor) -> tuple[Tensor, Tensor, None]:
     residual, running_scale = ctx.saved_tensors
-    dresidual, drunning = _residual_scale_backward(
-        dnormalized.contiguous(), dnew.contiguous(), residual, running_scale, ctx.eps
-    )
+    dresidual, drunning = _residual_scale_backward(dnormalized.contiguous(), dnew.contiguous(), residual, running_scale, ctx.eps)
     return dresidual, drunning, None
 
 
