@@ -11,6 +11,8 @@ import functools
 import os
 from pathlib import Path
 
+from fptquant.errors import CoreUnavailable
+
 LIBRARY_PATH = Path(__file__).with_name("_C.abi3.so")
 
 
@@ -19,17 +21,17 @@ def library() -> ctypes.CDLL:
     """The C core, with the instruction set chosen (``FPTQUANT_ISA`` or the best that this processor runs).
 
     Raises:
-        ImportError: if the core was not built, or ``FPTQUANT_ISA`` names a set that is not built or not supported.
+        CoreUnavailable: if the core was not built, or ``FPTQUANT_ISA`` names a set that is not built or not supported.
     """
     if not LIBRARY_PATH.exists():
-        raise ImportError(f"fptquant's C core is not built ({LIBRARY_PATH} is missing): run `pip install .` in the repository")
+        raise CoreUnavailable(f"fptquant's C core is not built ({LIBRARY_PATH} is missing): run `pip install .` in the repository")
     core = ctypes.CDLL(str(LIBRARY_PATH))
     for name in ("fptq_last_error", "fptq_isa", "fptq_isa_reason", "fptq_isas_built", "fptq_compiler", "fptq_register_torch"):
         getattr(core, name).restype = ctypes.c_char_p
     core.fptq_select_isa.argtypes = [ctypes.c_char_p]
     requested = os.environ.get("FPTQUANT_ISA", "")
     if core.fptq_select_isa(requested.encode() or None):
-        raise ImportError(f"FPTQUANT_ISA={requested}: {core.fptq_last_error().decode()}")
+        raise CoreUnavailable(f"FPTQUANT_ISA={requested}: {core.fptq_last_error().decode()}")
     return core
 
 
@@ -48,13 +50,13 @@ def register_torch() -> None:
     """Registers the compiled CPU kernels with PyTorch's dispatcher.
 
     Raises:
-        ImportError: if this PyTorch lacks a function that the core needs; the message names it.
+        CoreUnavailable: if this PyTorch lacks a function that the core needs; the message names it.
     """
     import torch  # noqa: F401  its shared libraries must be loaded first
 
     message = library().fptq_register_torch()
     if message:
-        raise ImportError(f"fptquant could not register its operators: {message.decode()}")
+        raise CoreUnavailable(f"fptquant could not register its operators: {message.decode()}")
 
 
 def build_info() -> dict[str, str]:

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fptquant.errors import UserError
+from fptquant.errors import CoreUnavailable, UserError
 
 if TYPE_CHECKING:
     from fptquant.config.schema import Config
@@ -63,7 +63,7 @@ def _guard(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
         errors = Console(stderr=True, highlight=False, soft_wrap=True)
         try:
             command(*args, **kwargs)
-        except UserError as error:
+        except (UserError, CoreUnavailable) as error:
             if kwargs.get("debug"):
                 errors.print_exception()
             errors.print(f"[bold red]error:[/] {escape(str(error))}")

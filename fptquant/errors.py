@@ -9,3 +9,7 @@ class UserError(ValueError):
     The command line prints the message alone and exits with code 2 (``--debug`` adds the traceback); in Python it is a
     ``ValueError``.
     """
+
+
+class CoreUnavailable(ImportError):
+    """The C core was not built, or cannot run as asked; the message names the cause and the remedy."""

@@ -200,3 +200,16 @@ def test_diagnostics_name_the_build() -> None:
     found = subprocess.run([sys.executable, "-m", "fptquant"], capture_output=True, text=True, check=True)
     for word in ("C core", "instruction set", "CUDA", "torch", info["core"]["isa"]):
         assert word in found.stdout
+
+
+def test_an_impossible_instruction_set_is_one_message() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fptquant", "run", "rtn"],
+        env={**os.environ, "FPTQUANT_ISA": "mmx"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "mmx is not built" in done.stderr
+    assert "Traceback" not in done.stderr

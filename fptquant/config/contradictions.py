@@ -42,11 +42,10 @@ def _norms_and_residual(config: Config) -> Iterator[Contradiction]:
 
 def _optimization(config: Config) -> Iterator[Contradiction]:
     local, transforms = config.local, config.transforms
-    if local.method == "closed_form" and local.p != 4 and transforms.query_key_rotation is not None:
+    if local.method == "closed_form" and local.p != 4:
         yield Contradiction(
-            ("local.p", "local.method", "transforms.query_key_rotation"),
-            f"the closed form of query_key_rotation minimizes the norm of p = 4, not p = {local.p:g}; "
-            "set local.p=4 or local.method=adamw",
+            ("local.p", "local.method"),
+            f"closed forms exist for p = 4, not for p = {local.p:g}; set local.p=4 or local.method=adamw",
         )
     rotation = transforms.residual_rotation
     if rotation is not None and rotation.learn and local.method == "none":

@@ -74,7 +74,7 @@ def find_config(path_or_name: str | Path) -> Path:
     if str(path_or_name) in shipped:
         return shipped[str(path_or_name)]
     near = difflib.get_close_matches(path.stem, shipped, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise UserError(f"there is no config {str(path_or_name)!r}{hint} Give a YAML file, or one of: {', '.join(shipped)}")
 
 
@@ -177,7 +177,10 @@ def load_config(path_or_name: str | Path, *overrides: str) -> Config:
     >>> load_config("rtn", "quantization=w4a8kv8-static").quantization.label
     'w4a8kv8-static'
     """
-    data, problems = _apply_overrides(read_yaml(find_config(path_or_name)), overrides)
+    data = read_yaml(find_config(path_or_name))
+    if {"methods", "settings"} <= data.keys():
+        raise UserError(f"{path_or_name} is a table of several methods; `fptquant demo` runs it, other commands take one method")
+    data, problems = _apply_overrides(data, overrides)
     return _parse_config(data, problems, source=str(path_or_name))
 
 

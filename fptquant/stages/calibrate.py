@@ -131,7 +131,7 @@ def _transform_(
     """Untying, norm fusion, T_r, local optimization and merging; returns the transforms and what the stages report."""
     report: dict[str, Any] = {}
     options = transform_options(config)
-    transforms = build_transforms(sizes, options, seed=config.seed)
+    transforms = build_transforms(sizes, options, seed=config.seed).to(model.device)
     if config.norm_gains == "fused":
         with stage("fuse norms"):
             untie_(model)

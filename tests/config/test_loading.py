@@ -146,3 +146,8 @@ def test_the_schema_names_the_sites_that_exist() -> None:
 
 def test_dumps_are_plain_yaml() -> None:
     assert Config.model_validate(yaml.safe_load(dump_config(load_config("smoke")))) == load_config("smoke")
+
+
+def test_a_table_is_not_taken_for_a_method() -> None:
+    with pytest.raises(UserError, match="table of several methods; `fptquant demo` runs it"):
+        load_config("demo")
