@@ -244,6 +244,7 @@ class LocalConfig(StrictModel):
     steps: int = Field(default=200, ge=1, description="AdamW steps per block for T_k and T_u")
     lr: float = Field(default=0.01, gt=0)
     value_steps: int = Field(default=100, ge=0, description="steps for T_v, which has no closed form")
+    up_p: float | None = Field(default=None, ge=2, le=8, description="exponent for T_u; null: 2 where T_d follows, else p")
 
 
 class CalibrationConfig(StrictModel):

@@ -157,6 +157,7 @@ def _transform_(
                 steps=config.local.steps,
                 lr=config.local.lr,
                 value_steps=config.local.value_steps,
+                up_p=config.local.up_p,
                 progress=progress,
             )
             report["local"] = local.as_dict()

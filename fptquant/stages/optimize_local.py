@@ -3,7 +3,7 @@
 Large entries decide the step of a quantizer, and the L_p norm (p = 4) weighs them; the three terms are independent:
 T_k: sum |k_proj'|^p + sum |q_proj'|^p over angles and scales of RoPE pairs,
 T_v: sum |v_proj'|^p + sum |o_proj'|^p over a matrix per key/value head,
-T_u: sum |up_proj'|^p + sum |down_proj'|^p over a scale per channel.
+T_u: sum |up_proj'|^p + sum |down_proj'|^p over a scale per channel, with p = 2 where T_d follows.
 
 ``closed_form`` (default) solves T_k and T_u exactly and minimizes T_v by `optimize_value_mixing`; ``adamw`` is the
 reference of the paper, which trains all parameters together by AdamW.
@@ -50,6 +50,18 @@ class LocalOptions:
     lr: float = 0.01
     value_steps: int = 100
     """At most so many steps for T_v; ``closed_form`` stops earlier once they gain little."""
+    up_p: float | None = None
+    """Exponent of T_u's term; None: 2 where T_d follows, else p."""
+
+    def up_exponent(self, transforms: BlockTransforms) -> float:
+        """T_u's exponent: ``up_p``, or what the transforms suggest.
+
+        T_d mixes all entries of a row of down_proj, and of an activation, with signs: what is rounded then has the size
+        of their Euclidean norms, and single large entries no longer count, hence p = 2.
+        """
+        if self.up_p is not None:
+            return self.up_p
+        return 2.0 if transforms.down_hadamard is not None else self.p
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -179,7 +191,9 @@ def _closed_form_(block: BlockView, transforms: BlockTransforms, options: LocalO
         condition = float(mixing.condition_numbers().max())
         report[mixing.name] = TermReport(before, after, time.perf_counter() - began, result.steps, condition)
     if scaling is not None:
-        report[scaling.name] = solve_up_scaling_(scaling, block.up_proj.weight, block.down_proj.weight, options.p)
+        report[scaling.name] = solve_up_scaling_(
+            scaling, block.up_proj.weight, block.down_proj.weight, options.up_exponent(transforms)
+        )
     return report
 
 
@@ -197,7 +211,8 @@ def _adamw_(block: BlockView, transforms: BlockTransforms, options: LocalOptions
         if mixing is not None and heads is not None:
             losses[mixing.name] = value_loss(mixing, *heads, options.p)
         if scaling is not None:
-            losses[scaling.name] = up_scaling_loss(scaling, block.up_proj.weight, block.down_proj.weight, options.p)
+            up_p = options.up_exponent(transforms)
+            losses[scaling.name] = up_scaling_loss(scaling, block.up_proj.weight, block.down_proj.weight, up_p)
         return losses
 
     began = time.perf_counter()
@@ -240,6 +255,7 @@ def optimize_local_(
     steps: int = 200,
     lr: float = 0.01,
     value_steps: int = 100,
+    up_p: float | None = None,
     progress: Progress = quiet,
 ) -> LocalReport:
     """Optimizes T_k, T_v and T_u of every block in place; the model is only read.
@@ -252,11 +268,12 @@ def optimize_local_(
     Args:
         steps, lr: of AdamW, for each block (``adamw`` only).
         value_steps: at most so many steps for T_v; it stops earlier once they gain little (``closed_form`` only).
+        up_p: exponent of T_u's term; None: 2 where T_d follows, else p.
 
     Raises:
         UserError: as `LocalOptions`, or if the model has another number of blocks than the transforms.
     """
-    options = LocalOptions(method, p, steps, lr, value_steps)
+    options = LocalOptions(method, p, steps, lr, value_steps, up_p)
     blocks = view_model(model).blocks
     check_block_count(len(blocks), transforms)
     began = time.perf_counter()

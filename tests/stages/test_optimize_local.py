@@ -107,6 +107,26 @@ def test_the_up_scaling_minimum_is_stationary_for_every_p(p: float) -> None:
     assert report.after < report.before
 
 
+def test_up_scaling_balances_euclidean_norms_where_the_down_hadamard_mixes_channels() -> None:
+    """T_d spreads every channel, so the error is |down'| |x'| with Euclidean norms; elsewhere the exponent is that of the rest."""
+    block = first_block(realistic_model())
+    row, column = (block.up_proj.weight.double().norm(dim=1), block.down_proj.weight.double().norm(dim=0))
+    mixed = TransformOptions(up_scaling=True, down_hadamard=True)
+    for options, up_p, expected in [
+        (mixed, None, (column / row).log() / 2),
+        (TransformOptions(up_scaling=True), 2.0, (column / row).log() / 2),
+    ]:
+        transforms = transforms_of(realistic_model(), options)
+        optimize_block_(block, transforms, LocalOptions(up_p=up_p))
+        assert transforms.up_scaling is not None
+        torch.testing.assert_close(transforms.up_scaling.log_scale.double(), expected, rtol=1e-5, atol=1e-6)
+    fourth = transforms_of(realistic_model(), mixed)
+    optimize_block_(block, fourth, LocalOptions(up_p=4.0))
+    a, b = block.up_proj.weight.double().pow(4).sum(1), block.down_proj.weight.double().pow(4).sum(0)
+    assert fourth.up_scaling is not None
+    torch.testing.assert_close(fourth.up_scaling.log_scale.double(), (b / a).log() / 8, rtol=1e-5, atol=1e-6)
+
+
 def test_dead_channels_keep_their_scale() -> None:
     up, down = torch.ones(3, 5), 16 * torch.ones(5, 3)
     up[0], down[:, 1] = 0, 0
