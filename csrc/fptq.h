@@ -82,6 +82,7 @@ struct fptq_choose_qparams {
     int64_t rows, columns;
     fptq_grid grid;
     bool symmetric;
+    double clip_ratio; /* in (0, 1]: the share of a row's range that the grid covers */
     int32_t dtype;
 };
 FPTQ_EXPORT fptq_status fptq_choose_qparams(const struct fptq_choose_qparams *args);

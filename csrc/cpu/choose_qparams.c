@@ -1,6 +1,7 @@
 /*
  * choose_qparams: the dynamic scale and zero point of every row, from its least and greatest finite value.
  *
+ * with lo and hi multiplied by clip_ratio:
  *   symmetric    scale = max |x| / qmax                          zero_point = 0
  *   asymmetric   scale = (hi - lo) / (qmax - qmin)               zero_point = clamp(rint(qmin - lo / scale)), lo <= 0 <= hi
  *
@@ -22,6 +23,7 @@ void KERNEL(choose_qparams)(int64_t begin, int64_t end, const void *context)
     const COMPUTE qmin = (COMPUTE)args->grid.qmin, qmax = (COMPUTE)args->grid.qmax;
     const COMPUTE largest = sizeof(COMPUTE) == sizeof(double) ? (COMPUTE)DBL_MAX : (COMPUTE)FLT_MAX;
     const COMPUTE smallest = sizeof(COMPUTE) == sizeof(double) ? (COMPUTE)DBL_MIN : (COMPUTE)FLT_MIN;
+    const COMPUTE clip_ratio = (COMPUTE)args->clip_ratio;
     COMPUTE *scale = args->scale, *zero_point = args->zero_point;
 
     for (int64_t r = begin; r < end; r++) {
@@ -45,6 +47,8 @@ void KERNEL(choose_qparams)(int64_t begin, int64_t end, const void *context)
             lo = los[l] < lo ? los[l] : lo;
             hi = his[l] > hi ? his[l] : hi;
         }
+        lo *= clip_ratio;
+        hi *= clip_ratio;
         COMPUTE scale_r = args->symmetric ? (hi > -lo ? hi : -lo) / qmax : hi / (qmax - qmin) - lo / (qmax - qmin);
         scale_r = scale_r == 0 ? (hi == lo ? 1 : smallest) : scale_r < smallest ? smallest : scale_r;
         COMPUTE zero_r = args->symmetric ? 0 : RINT(qmin - lo / scale_r);

@@ -1,4 +1,6 @@
-/* fptquant::choose_qparams(Tensor x, bool symmetric, int grid, int qmin, int qmax) -> (Tensor scale, Tensor zero_point), [..., 1]
+/*
+ * fptquant::choose_qparams(Tensor x, float clip_ratio, bool symmetric, int grid, int qmin, int qmax)
+ *     -> (Tensor scale, Tensor zero_point)                                                                        [..., 1]
  */
 #include "bind.h"
 
@@ -27,8 +29,9 @@ void boxed_choose_qparams(stable_value *stack, uint64_t num_args, uint64_t num_r
         .x = x.data,
         .rows = rows,
         .columns = x.sizes[x.ndim - 1],
-        .grid = {(int32_t)stack[2], (int32_t)stack[3], (int32_t)stack[4]},
-        .symmetric = stack[1] != 0,
+        .grid = {(int32_t)stack[3], (int32_t)stack[4], (int32_t)stack[5]},
+        .symmetric = stack[2] != 0,
+        .clip_ratio = as_double(stack[1]),
         .dtype = dtype,
     }));
     stack[0] = give(&scale);

@@ -66,6 +66,7 @@ class RangeConfig(StrictModel):
     percentile: float = Field(default=99.99, gt=50, le=100, description="share of values inside the range (percentile)")
     candidates: int = Field(default=80, ge=2, le=1000, description="clipping ratios that are tried (mse, lp)")
     lowest_ratio: float = Field(default=0.3, gt=0, lt=1, description="smallest clipping ratio that is tried (mse, lp)")
+    clip_ratio: float = Field(default=1.0, gt=0, le=1, description="share of each token's range that is covered (dynamic)")
 
 
 class WeightConfig(StrictModel):

@@ -65,20 +65,6 @@ def fake_quant_backward(
     return dx, dscale, dzero.reshape(zero_point.shape)
 
 
-def choose_qparams(x: Tensor, qmin: int, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """(scale, zero_point) of shape [..., 1] that make the grid span the values of each row, zero included."""
-    wide = _wide(x)
-    if symmetric:
-        scale = wide.abs().amax(dim=-1, keepdim=True) / qmax
-        low = torch.zeros_like(scale)
-    else:
-        low = wide.amin(dim=-1, keepdim=True).clamp(max=0.0)
-        scale = (wide.amax(dim=-1, keepdim=True).clamp(min=0.0) - low) / (qmax - qmin)
-    scale = torch.where(scale < torch.finfo(scale.dtype).tiny, 1.0, scale)
-    zero = torch.zeros_like(scale) if symmetric else qmin - (low / scale).round()
-    return scale, zero
-
-
 # ---------------------------------------------------------------------------------------------------------- hadamard
 
 

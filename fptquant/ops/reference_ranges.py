@@ -8,7 +8,7 @@ from torch import Tensor
 from fptquant.ops._library import compute_dtype
 
 
-def choose_qparams(x: Tensor, symmetric: bool, grid: int, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+def choose_qparams(x: Tensor, clip_ratio: float, symmetric: bool, grid: int, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
     """(scale, zero_point) of each row over its finite values, zero included."""
     wide = x.to(compute_dtype(x))
     wide = torch.where(wide.isfinite(), wide, 0.0)
@@ -16,6 +16,7 @@ def choose_qparams(x: Tensor, symmetric: bool, grid: int, qmin: int, qmax: int) 
         wide = wide.new_zeros((*wide.shape[:-1], 1))
     tiny = torch.finfo(wide.dtype).tiny
     lo, hi = wide.amin(-1, keepdim=True).clamp(max=0), wide.amax(-1, keepdim=True).clamp(min=0)
+    lo, hi = lo * clip_ratio, hi * clip_ratio
     scale = torch.maximum(hi, -lo) / qmax if symmetric else hi / (qmax - qmin) - lo / (qmax - qmin)
     scale = torch.where(hi == lo, torch.ones_like(scale), scale.clamp(min=tiny))
     zero = torch.zeros_like(scale) if symmetric else (qmin - lo / scale).round().clamp(qmin, qmax)

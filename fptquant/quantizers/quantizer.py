@@ -80,7 +80,7 @@ class Quantizer(nn.Module):
     def _fake_quant(self, x: Tensor) -> Tensor:
         if self.dynamic:
             with torch.no_grad():
-                scale, zero_point = ops.choose_qparams(x.detach(), grid=self.grid)
+                scale, zero_point = ops.choose_qparams(x.detach(), grid=self.grid, clip_ratio=self.range_method.clip_ratio)
             return ops.fake_quant(x, scale, zero_point, grid=self.grid, granularity=self.granularity)
         if self.scale is None:
             raise UserError(f"quantizer {self.name}: no range has been set; run the set_ranges stage before using it")

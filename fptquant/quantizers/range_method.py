@@ -24,6 +24,8 @@ class RangeMethod:
         percentile: share of the values inside the range, in percent.
         candidates: number of clipping ratios tried, in equal steps of the logarithm from lowest_ratio to 1.
         lowest_ratio: the smallest ratio tried, in (0, 1].
+        clip_ratio: the share of each token's own range that a dynamic quantizer's grid covers, in (0, 1]; all that a dynamic
+            quantizer uses of this.
 
     Raises:
         UserError: if a setting is out of its bounds; names all of them.
@@ -34,6 +36,7 @@ class RangeMethod:
     percentile: float = 99.99
     candidates: int = 80
     lowest_ratio: float = 0.3
+    clip_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         mistakes = []
@@ -47,6 +50,8 @@ class RangeMethod:
             mistakes.append(f"candidates = {self.candidates} must be positive")
         if not 0 < self.lowest_ratio <= 1:
             mistakes.append(f"lowest_ratio = {self.lowest_ratio} must lie in (0, 1]")
+        if not 0 < self.clip_ratio <= 1:
+            mistakes.append(f"clip_ratio = {self.clip_ratio} must lie in (0, 1]")
         if mistakes:
             raise UserError("range setting: " + "; ".join(mistakes))
 

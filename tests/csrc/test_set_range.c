@@ -79,9 +79,14 @@ static void test_dynamic_scales(void)
 {
     const float x[8] = {-1, 14, 0, 0, 0, 0, NAN, 2};
     float scale[4], zero_point[4];
-    CHECK(fptq_choose_qparams(&(struct fptq_choose_qparams){
-              .scale = scale, .zero_point = zero_point, .x = x, .rows = 4, .columns = 2, .grid = unsigned4, .dtype = FPTQ_F32}) ==
-          FPTQ_OK);
+    CHECK(fptq_choose_qparams(&(struct fptq_choose_qparams){.scale = scale,
+                                                            .zero_point = zero_point,
+                                                            .x = x,
+                                                            .rows = 4,
+                                                            .columns = 2,
+                                                            .grid = unsigned4,
+                                                            .clip_ratio = 1,
+                                                            .dtype = FPTQ_F32}) == FPTQ_OK);
     CHECK(scale[0] == 1 && zero_point[0] == 1);
     CHECK(scale[1] == 1 && scale[2] == 1 && scale[3] == 2.f / 15);
 }

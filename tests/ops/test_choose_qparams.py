@@ -16,23 +16,24 @@ from fptquant.quantizers.grid import IntegerGrid, PerToken
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
+@pytest.mark.parametrize("clip_ratio", [1.0, 0.9])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equals_reference_on_every_instruction_set(dtype: torch.dtype, symmetric: bool) -> None:
+def test_equals_reference_on_every_instruction_set(dtype: torch.dtype, symmetric: bool, clip_ratio: float) -> None:
     grid = IntegerGrid(4, symmetric)
     for length in (0, 1, 2, 3, 7, 15, 16, 17, 31, 33, 1023):
         x = (torch.randn(2, 5, length) * 3).to(dtype)
         if length > 3:
             x[0, 0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
             x[1, 1] = 0
-        wanted = reference_ranges.choose_qparams(x, symmetric, 0, grid.qmin, grid.qmax)
+        wanted = reference_ranges.choose_qparams(x, clip_ratio, symmetric, 0, grid.qmin, grid.qmax)
         try:
             for isa in build_info()["isas_built"].split(", "):
                 try:
                     select_isa(isa)
                 except ValueError:
                     continue
-                for mine, reference in zip(ops.choose_qparams(x, grid=grid), wanted, strict=True):
+                for mine, reference in zip(ops.choose_qparams(x, grid=grid, clip_ratio=clip_ratio), wanted, strict=True):
                     assert mine.shape == (2, 5, 1)
                     assert torch.equal(mine, reference)
         finally:
@@ -57,7 +58,14 @@ def test_zero_rows_and_denormals_give_a_usable_scale() -> None:
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(torch.ops.fptquant.choose_qparams.default, (torch.randn(3, 5), False, 0, 0, 15))
+    torch.library.opcheck(torch.ops.fptquant.choose_qparams.default, (torch.randn(3, 5), 0.9, False, 0, 0, 15))
+
+
+def test_clipping_covers_a_share_of_the_range() -> None:
+    x = torch.tensor([[-7.0, 3.0]])
+    assert ops.choose_qparams(x, grid=IntegerGrid(4), clip_ratio=0.5)[0].item() == 0.5
+    with pytest.raises(RuntimeError, match="clip_ratio = 1.5"):
+        ops.choose_qparams(x, grid=IntegerGrid(4), clip_ratio=1.5)
 
 
 def test_a_scalar_is_refused() -> None:
