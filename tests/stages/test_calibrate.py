@@ -107,7 +107,10 @@ def test_a_saved_model_is_the_same_model_in_another_process(architecture: str, t
 def test_mergeable_transforms_save_a_plain_checkpoint(architecture: str, tmp_path: Path) -> None:
     model, tokens = model_of(architecture), token_ids(1, 30)
     result = fq.calibrate(
-        model, tiny_tokenizer(), config("transforms.down_hadamard=false", architecture=architecture), progress=quiet
+        model,
+        tiny_tokenizer(),
+        config("transforms.down_hadamard=false", "transforms.residual_scaling=false", architecture=architecture),
+        progress=quiet,
     )
     assert result.fully_mergeable
     result.save(tmp_path / "out")
