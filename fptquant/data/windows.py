@@ -23,8 +23,10 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, text: Text, windows: int, 
         result: [windows, window], int64
 
     Raises:
-        UserError: if the text has fewer tokens than asked for.
+        UserError: if the text has fewer tokens than asked for, or no window is asked for.
     """
+    if windows < 1:
+        raise UserError(f"{windows} windows of the text {text.name} were asked for; ask for at least one")
     ids: list[int] = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
     available = len(ids) // window
     if available < windows:
@@ -41,11 +43,13 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, text: Text, windows: int, 
 
 
 def check_window(model_config: Any, window: int, what: str) -> None:
-    """Refuses a window that the model cannot read at once.
+    """Refuses a window that the model cannot read at once, or that holds nothing to predict.
 
     Raises:
-        UserError: names both lengths and the setting (``what``) to change.
+        UserError: names the lengths and the setting (``what``) to change.
     """
+    if window < 2:
+        raise UserError(f"{what} = {window} has no token that follows another; choose at least 2")
     context = getattr(model_config, "max_position_embeddings", None)
     if context is not None and window > context:
         raise UserError(f"{what} = {window:,} is longer than the model's context of {context:,} tokens; choose at most that")

@@ -119,6 +119,8 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
         ("- a\n- b\n", "must hold keys and values"),
         ("name: [", "is not valid YAML"),
         ("name: x\nname: y\n", "'name' is given twice"),
+        ("name: {{model}}\n", "cannot be a key"),
+        ("name: x\nseed: 2026-13-01\n", "month must be in 1..12"),
     ]:
         file = tmp_path / "bad.yaml"
         file.write_text(content, encoding="utf-8")
@@ -126,6 +128,9 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
             load_config(file)
     with pytest.raises(UserError, match="did you mean 'fptquant-local'"):
         load_config("fptquant-locl")
+    for override in ("model={{name}}", "seed=2026-13-01"):
+        with pytest.raises(UserError, match="is not valid YAML; put text"):
+            load_config("rtn", override)
 
 
 def test_configs_are_frozen_and_fill_in_their_names() -> None:

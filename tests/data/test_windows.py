@@ -41,3 +41,10 @@ def test_a_window_longer_than_the_context_is_refused() -> None:
     check_window(config, 2048, "evaluation.window")
     with pytest.raises(UserError, match=r"evaluation.window = 2,049 is longer than the model's context of 2,048"):
         check_window(config, 2049, "evaluation.window")
+
+
+def test_nothing_to_measure_is_refused() -> None:
+    with pytest.raises(UserError, match=r"0 windows of the text digits were asked for"):
+        token_windows(tiny_tokenizer(), TEXT, 0, 10)
+    with pytest.raises(UserError, match=r"evaluation.window = 1 has no token that follows another"):
+        check_window(SimpleNamespace(max_position_embeddings=2048), 1, "evaluation.window")
