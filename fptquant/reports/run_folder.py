@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,7 @@ def run_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     except BaseException as error:
-        for folder in reversed(made):
-            folder.rmdir()
+        _remove_empty(made)
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise UserError(
                 f"output {target} could not be written ({error.strerror}); nothing was left there. "
@@ -89,17 +88,26 @@ def run_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def _make_parents(folder: Path) -> list[Path]:
     """Makes a folder and those above it; returns the ones that are new, outermost first."""
-    new = []
+    missing, new = [], []
     while not folder.exists():
-        new.append(folder)
+        missing.append(folder)
         folder = folder.parent
-    new.reverse()
     try:
-        for path in new:
-            path.mkdir()
+        for path in reversed(missing):
+            with suppress(FileExistsError):  # another run has made it meanwhile
+                path.mkdir()
+                new.append(path)
     except OSError as error:
+        _remove_empty(new)
         raise UserError(f"{path} cannot be made ({error.strerror}); give another folder with output=FOLDER") from error
     return new
+
+
+def _remove_empty(made: list[Path]) -> None:
+    """Removes folders that were made, outermost first in the list, but for those that another run uses meanwhile."""
+    for folder in reversed(made):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _replace(target: Path, partial: Path) -> None:

@@ -37,6 +37,29 @@ def test_a_failed_run_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failed_run_leaves_what_others_made_meanwhile(tmp_path: Path) -> None:
+    def fail() -> None:
+        with run_folder(tmp_path / "runs" / "mine"):
+            write_run(tmp_path / "runs" / "other", "other")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
+
+
+def test_a_parent_that_another_run_makes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Path.mkdir
+
+    def made_meanwhile(path: Path) -> None:
+        make(path)
+        raise FileExistsError(errno.EEXIST, "File exists", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", made_meanwhile)
+    write_run(tmp_path / "runs" / "mine", "first")
+    assert (tmp_path / "runs" / "mine" / RUN_MARKER).is_file()
+
+
 def test_another_run_is_refused_and_kept(tmp_path: Path) -> None:
     target = tmp_path / "mine"
     write_run(target, "first")
