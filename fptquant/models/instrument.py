@@ -70,10 +70,10 @@ def instrument(
     Errors: UserError for an unsupported architecture, a model that was prepared before, an impossible block or group
         size, an unknown site; nothing has been changed then.
     """
+    check_instrument(model, quantization, down_hadamard=down_hadamard, down_hadamard_block=down_hadamard_block)
     view = view_model(model)
     specs, weight = point_specs(quantization), weight_spec(quantization)
     block_size = (down_hadamard_block or view.intermediate_size) if down_hadamard else None
-    _check(view, weight, block_size)
     context = ForwardContext(quantization.full_precision_tokens)
     if residual_scaling is not None:  # first: hooks of quantizers belong on the norms that stay
         _scale_norms(view, context)
@@ -99,11 +99,25 @@ def instrument(
     return dict(iter_quantizers(model))
 
 
-def _check(view: ModelView, weight: QuantizerSpec | None, block_size: int | None) -> None:
+def check_instrument(
+    model: PreTrainedModel,
+    quantization: QuantizationConfig,
+    *,
+    down_hadamard: bool = False,
+    down_hadamard_block: int | None = None,
+) -> None:
+    """Finds what `instrument` would refuse, before any work is done.
+
+    Raises:
+        UserError: as `instrument`.
+    """
+    view = view_model(model)
     if hasattr(view.decoder, "context"):
         raise UserError("this model is prepared for quantization already; load it anew for another setting")
-    if block_size is not None:  # its error names the sizes that are possible
-        ops.hadamard(torch.zeros(1, view.intermediate_size), block_size=block_size)
+    point_specs(quantization)
+    weight = weight_spec(quantization)
+    if down_hadamard:  # its error names the sizes that are possible
+        ops.hadamard(torch.zeros(1, view.intermediate_size), block_size=down_hadamard_block)
     if weight is not None and isinstance(weight.granularity, PerGroup):
         size = weight.granularity.group_size
         for name, linear in view.blocks[0].linears():

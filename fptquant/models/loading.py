@@ -51,7 +51,7 @@ def load_model(
         cached_only = not _hub_can_be_reached()
         _check_hub_config(source, cached_only)
     model, tokenizer = _load(source, dtype, cached_only)
-    _check_finite(model)
+    check_finite_weights(model)
     torch.nn.Module.to(model, device)
     return model.train(False), tokenizer
 
@@ -192,7 +192,12 @@ def quiet_weight_bars() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _check_finite(model: PreTrainedModel) -> None:
+def check_finite_weights(model: PreTrainedModel) -> None:
+    """Refuses a model with NaN or infinity in its weights.
+
+    Raises:
+        UserError: names the tensor.
+    """
     for name, parameter in model.named_parameters():
         finite = torch.isfinite(parameter)
         if not bool(finite.all()):

@@ -29,9 +29,7 @@ from fptquant.reports.statistics import (
     trace_residuals,
 )
 from fptquant.reports.table import Row, markdown_table
-from fptquant.stages.calibrate import CalibrationResult, calibrate, calibration_windows, transform_options
-from fptquant.stages.merge_transforms import model_sizes
-from fptquant.transforms import check_transforms
+from fptquant.stages.calibrate import CalibrationResult, calibrate, calibration_windows, check_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -141,15 +139,7 @@ def preflight(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
         UserError: if a transform does not fit the model, a Hadamard size is impossible, a window is longer than the
             model's context, a group does not divide a layer, or a text is too short.
     """
-    view = view_model(model)
-    check_transforms(model_sizes(view), transform_options(config))
-    group = config.quantization.weight.group_size
-    for name, linear in view.blocks[0].linears():
-        if group is not None and linear.in_features % group:
-            raise UserError(
-                f"quantization.weight.group_size = {group} does not divide the {linear.in_features} inputs of {name}; "
-                "choose a divisor of every layer's inputs"
-            )
+    check_model(model, config)
     calibration_windows(model, tokenizer, config)
     settings = config.evaluation
     evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)

@@ -17,7 +17,8 @@ from fptquant.config.schema import Config
 from fptquant.data.text import Text, load_text
 from fptquant.data.windows import check_window, token_windows
 from fptquant.models.adapter import view_model
-from fptquant.models.instrument import instrument
+from fptquant.models.instrument import check_instrument, instrument
+from fptquant.models.loading import check_finite_weights
 from fptquant.reports.progress import Progress
 from fptquant.stages.fuse_norms import fuse_norms_
 from fptquant.stages.learn_rotation import learn_rotation_
@@ -83,6 +84,23 @@ def instrument_for(model: PreTrainedModel, config: Config) -> None:
         model,
         config.quantization,
         residual_scaling=options.residual_scaling,
+        down_hadamard=options.down_hadamard,
+        down_hadamard_block=options.down_hadamard_block,
+    )
+
+
+def check_model(model: PreTrainedModel, config: Config) -> None:
+    """Finds what a config asks of a model that cannot be, before any work is done.
+
+    Raises:
+        UserError: if the architecture is not supported, a transform does not preserve the model's function, a Hadamard or
+            group size is impossible, or the model is calibrated already.
+    """
+    options = transform_options(config)
+    check_transforms(model_sizes(view_model(model)), options)
+    check_instrument(
+        model,
+        config.quantization,
         down_hadamard=options.down_hadamard,
         down_hadamard_block=options.down_hadamard_block,
     )
@@ -187,13 +205,15 @@ def calibrate(
 
     Raises:
         UserError: for anything that could not work, before any work is done: an unsupported architecture, a transform that does not
-            preserve this model's function, an impossible Hadamard size, too little text, a window longer than the context.
+            preserve this model's function, an impossible Hadamard size, an impossible group size, NaN or
+            infinity in the weights, a calibrated model, too little text, a window longer than the context.
 
     Example:
         >>> result = calibrate(model, tokenizer, load_config("fptquant-local"))  # doctest: +SKIP
     """
     sizes = model_sizes(view_model(model))
-    check_transforms(sizes, transform_options(config))
+    check_model(model, config)
+    check_finite_weights(model)
     windows = calibration_windows(model, tokenizer, config, text)
     if progress is None:
         with Progress() as bars:

@@ -141,6 +141,7 @@ def test_saving_refuses_to_overwrite_and_loading_names_what_is_broken(tmp_path: 
         (["calibration.window=4096"], "4,096"),
         (["calibration.windows=100000", "calibration.window=100"], "10,000,000|100,000"),
         (["transforms.down_hadamard.block_size=7"], "7"),
+        (["quantization=w4a16-g7"], "group_size = 7 does not divide the 64 inputs of q_proj"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(overrides: list[str], message: str) -> None:
@@ -148,6 +149,31 @@ def test_what_cannot_work_is_refused_before_any_work(overrides: list[str], messa
     with pytest.raises(fq.UserError, match=message):
         fq.calibrate(model_of(), tiny_tokenizer(), config(*overrides), progress=lambda done, total, text: calls.append(text))
     assert not calls
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_models_that_cannot_be_calibrated_are_refused_as_they_are(in_place: bool) -> None:
+    calls: list[str] = []
+
+    def refuse(model: PreTrainedModel, message: str, *overrides: str) -> None:
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(fq.UserError, match=message):
+            fq.calibrate(
+                model,
+                tiny_tokenizer(),
+                config(*overrides),
+                in_place=in_place,
+                progress=lambda done, total, text: calls.append(text),
+            )
+        assert not calls
+        assert all(torch.equal(value.nan_to_num(), state[name].nan_to_num()) for name, value in model.state_dict().items())
+
+    refuse(model_of(), "group_size = 7", "quantization=w4a16-g7")
+    broken = model_of()
+    broken.model.layers[1].mlp.down_proj.weight.data[3, 4] = torch.nan
+    refuse(broken, r"model\.layers\.1\.mlp\.down_proj\.weight holds 1 values that are NaN or infinite")
+    calibrated = fq.calibrate(model_of(), tiny_tokenizer(), config("quantization=w4a16"), progress=quiet).model
+    refuse(calibrated, "prepared for quantization already")
 
 
 def test_query_key_rotation_is_refused_on_qwen3() -> None:
