@@ -11,6 +11,10 @@ out/transforms.safetensors    the transforms themselves, merged already, for stu
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +26,7 @@ from fptquant.diagnostics import diagnostics
 from fptquant.errors import UserError
 from fptquant.models.instrument import iter_quantizers, set_modes
 from fptquant.models.loading import quiet_weight_bars
+from fptquant.quantizers.quantizer import Quantizer
 from fptquant.reports.run_folder import run_folder, write_json
 
 if TYPE_CHECKING:
@@ -47,12 +52,26 @@ def _range_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict of the library's own class: what the quantizers added is left out."""
     added = {
-        f"{path}.{part}" if path else part
+        f"{path}.{part}"
         for path, module in model.named_modules()
         for part in ("scale", "zero_point")
-        if module in {quantizer for _, quantizer in iter_quantizers(model)}
+        if isinstance(module, Quantizer)
     }
     return {name: value for name, value in model.state_dict().items() if name not in added}
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Errors of the disk as OSError: the safetensors library has a class of its own for them, with the number in its text."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def save_calibrated(result: CalibrationResult, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -67,17 +86,20 @@ def save_calibrated(result: CalibrationResult, folder: str | Path, *, overwrite:
     with run_folder(folder, overwrite=overwrite) as partial:
         weights = partial / (MERGED if result.fully_mergeable else TRANSFORMED)
         weights.mkdir()
-        save_torch_state_dict(_plain_state(result.model), weights)
+        with _disk_errors():
+            save_torch_state_dict(_plain_state(result.model), weights)
         model_config = result.model.config
         model_config.architectures = [type(result.model).__name__]
+        model_config.dtype = result.model.dtype
         model_config.save_pretrained(weights)
         if not result.fully_mergeable:
             (weights / "config.json").rename(weights / HIDDEN_CONFIG)
         if result.model.generation_config is not None:
             result.model.generation_config.save_pretrained(weights)
         result.tokenizer.save_pretrained(weights)
-        save_file(_range_tensors(result.model), partial / QUANTIZERS)
-        save_file({name: value.contiguous() for name, value in result.transforms.state_dict().items()}, partial / TRANSFORMS)
+        with _disk_errors():
+            save_file(_range_tensors(result.model), partial / QUANTIZERS)
+            save_file({name: value.contiguous() for name, value in result.transforms.state_dict().items()}, partial / TRANSFORMS)
         (partial / "config.yaml").write_text(dump_config(result.config), encoding="utf-8")
         write_json(partial / "environment.json", diagnostics())
         write_json(partial / "metrics.json", {**result.metrics, "transforms": result.transforms.describe()})
@@ -113,15 +135,15 @@ def _load_ranges_(model: PreTrainedModel, path: Path) -> None:
         )
 
 
-def _load_weights(weights: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The plain model and tokenizer of a weights folder, whatever its config file is called there."""
+def _load_weights(weights: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The plain model, in the dtype it was saved in, and tokenizer of a weights folder, whatever its config is called."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config_file = weights / ("config.json" if weights.name == MERGED else HIDDEN_CONFIG)
     try:
         model_config = AutoConfig.for_model(**json.loads(config_file.read_text(encoding="utf-8")))
         with quiet_weight_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(weights, config=model_config, dtype=dtype, output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(weights, config=model_config, dtype="auto", output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(weights)
     except Exception as error:
         raise UserError(f"the model in {weights} is incomplete or damaged ({error}); calibrate and save again") from error
@@ -144,7 +166,7 @@ def load_calibrated(folder: str | Path, *, device: str = "cpu") -> tuple[PreTrai
     folder = Path(folder)
     weights = _weights_folder(folder)
     config = load_config(folder / "config.yaml")
-    model, tokenizer = _load_weights(weights, getattr(torch, config.dtype))
+    model, tokenizer = _load_weights(weights)
     torch.nn.Module.to(model, device)
     model.train(False)
     model.requires_grad_(False)
