@@ -128,5 +128,5 @@ def learn_rotation_(
     before, after = mean_power(judged, start, p), mean_power(judged, matrix, p)
     if after < before:
         rotation.set_matrix_(matrix)
-    identity = mean_power(judged, torch.eye(view.hidden_size), p)
+    identity = mean_power(judged, torch.eye(view.hidden_size, device=judged.device), p)
     return RotationReport(before, min(before, after), identity, steps, rows, time.perf_counter() - began)
