@@ -84,9 +84,9 @@ core = Extension(
 )
 # configs/ stays at the top of the repository, where people look for it, and travels in the wheel as fptquant.configs.
 setup(
-    packages=[*find_packages(include=["fptquant", "fptquant.*"]), "fptquant.configs"],
+    packages=[*find_packages(include=["fptquant", "fptquant.*"]), "fptquant.configs", "fptquant.configs.methods"],
     package_dir={"fptquant.configs": "configs"},
-    package_data={"fptquant": ["py.typed"], "fptquant.configs": ["*.yaml", "*/*.yaml"]},
+    package_data={"fptquant": ["py.typed"], "fptquant.configs": ["*.yaml"], "fptquant.configs.methods": ["*.yaml"]},
     libraries=libraries,
     ext_modules=[core],
     cmdclass={"build_clib": build_clib_per_isa},

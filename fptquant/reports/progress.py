@@ -67,10 +67,10 @@ class Progress:
         now = time.monotonic()
         started = self._started.setdefault(description, now)
         if done >= total:
-            self.console.print(f"{description}: {total} of {total}, {now - started:.1f} s", highlight=False)
+            self.console.print(f"{description}: {total} of {total}, {now - started:.1f} s", highlight=False, soft_wrap=True)
             del self._started[description]
             self._printed.pop(description, None)
         elif now - self._printed.setdefault(description, now) >= _LINE_SECONDS:
             left = (now - started) / max(done, 1) * (total - done)
-            self.console.print(f"{description}: {done} of {total}, about {left:.0f} s left", highlight=False)
+            self.console.print(f"{description}: {done} of {total}, about {left:.0f} s left", highlight=False, soft_wrap=True)
             self._printed[description] = now
