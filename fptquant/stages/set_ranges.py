@@ -26,7 +26,7 @@ def set_weight_ranges_(model: PreTrainedModel, *, progress: Progress = quiet) ->
         progress(index + 1, len(linears), "weight ranges")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def set_activation_ranges_(model: PreTrainedModel, windows: Tensor, *, progress: Progress = quiet) -> None:
     """Sets the ranges of activation and KV cache quantizers from calibration windows, and switches them on.
 
@@ -51,7 +51,8 @@ def set_activation_ranges_(model: PreTrainedModel, windows: Tensor, *, progress:
         for quantizer in static:
             quantizer.mode = "observe_range" if mode == "observe_range" else "observe_errors"
         for index, window in enumerate(windows):
-            decoder(input_ids=window[None].to(model.device), use_cache=False)
+            with torch.inference_mode():  # not around finish_ranges: a backward pass could not use such scales
+                decoder(input_ids=window[None].to(model.device), use_cache=False)
             progress(number * len(windows) + index + 1, len(passes) * len(windows), "activation ranges")
     for quantizer in static:
         quantizer.finish_ranges()
