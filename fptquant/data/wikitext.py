@@ -34,7 +34,7 @@ def load_wikitext2(split: Split = "test") -> str:
 
     Raises:
         WikiTextUnavailable: says what was tried and what to do.
-        UserError: if the variable is set to something that is not there.
+        UserError: if the variable is set to something that is not there or cannot be read.
     """
     given = os.environ.get(WIKITEXT2_VARIABLE)
     return _from_path(Path(given), split) if given else _from_hub(split)
@@ -47,11 +47,14 @@ def _from_path(path: Path, split: Split) -> str:
             f"{WIKITEXT2_VARIABLE}={path} is one file, taken as the test split: calibrating on the evaluation's text "
             f"would flatter the result; give a folder with raw-{split}.txt, or calibrate on another text"
         )
-    for file in files:
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-    if (path / _CONFIGURATION).is_dir():
-        return _load(str(path), split)
+    try:
+        for file in files:
+            if file.is_file():
+                return file.read_text(encoding="utf-8")
+        if (path / _CONFIGURATION).is_dir():
+            return _load(str(path), split)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{WIKITEXT2_VARIABLE}={path} cannot be read: {error}") from error
     raise UserError(
         f"{WIKITEXT2_VARIABLE}={path}: there is no such text; give a text file, or a folder that holds "
         f"raw-{split}.txt, wiki.{split}.raw or {_CONFIGURATION}/{split}-*.parquet"
@@ -77,6 +80,8 @@ def _load(repository: str, split: Split) -> str:
     try:
         rows = datasets.load_dataset(repository, _CONFIGURATION, split=split)
         return "\n\n".join(rows["text"])
+    except datasets.exceptions.DatasetsError as error:  # some of these are neither OSError nor ValueError
+        raise OSError(str(error)) from error
     finally:
         if bars:
             datasets.enable_progress_bar()

@@ -53,6 +53,21 @@ def test_wikitext_from_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         assert load_text("auto", "evaluation").name == "WikiText-2 test"
         with pytest.raises(UserError, match="train"):
             load_text("wikitext2", "calibration")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    monkeypatch.setenv(WIKITEXT2_VARIABLE, str(tmp_path / "binary.txt"))
+    with pytest.raises(UserError, match=r"binary\.txt cannot be read"):
+        load_text("auto", "evaluation")
+    import datasets
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise datasets.exceptions.DatasetGenerationError("a damaged file")
+
+    (tmp_path / "wikitext-2-raw-v1").mkdir()
+    (tmp_path / "raw-test.txt").unlink()
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    monkeypatch.setenv(WIKITEXT2_VARIABLE, str(tmp_path))
+    with pytest.raises(UserError, match=r"cannot be read: a damaged file"):
+        load_text("auto", "evaluation")
     monkeypatch.setenv(WIKITEXT2_VARIABLE, str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="there is no such text"):
         load_text("auto", "evaluation")
