@@ -168,12 +168,18 @@ def _load(source: str, dtype: torch.dtype, cached_only: bool) -> tuple[PreTraine
     try:
         with quiet_weight_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, local_files_only=cached_only, output_loading_info=True
+                source, dtype=dtype, local_files_only=cached_only, output_loading_info=True, ignore_mismatched_sizes=True
             )
             model, info = loaded
     except Exception as error:
         raise UserError(f"the weights of {source} cannot be loaded: {error}") from error
-    if info["missing_keys"]:  # the library would go on with random values
+    if info["mismatched_keys"]:  # the library would go on with random values
+        name, found, expected = min(info["mismatched_keys"])
+        raise UserError(
+            f"{name} of {source} has the shape {list(found)}, but config.json needs {list(expected)}; "
+            "the two do not belong together: copy or download the model again"
+        )
+    if info["missing_keys"]:  # and here
         raise UserError(f"{source} lacks {len(info['missing_keys'])} tensors, {sorted(info['missing_keys'])[0]} among them")
     return model, tokenizer
 

@@ -137,7 +137,7 @@ def test_missing_tensor_is_named(tmp_path: Path) -> None:
 
 def test_wrong_shape(tmp_path: Path) -> None:
     edit_config(write_model(tmp_path), intermediate_size=80)
-    with pytest.raises(UserError, match=r"weights of .* cannot be loaded"):
+    with pytest.raises(UserError, match=r"down_proj\.weight of .* has the shape \[64, 96\], but config\.json needs \[64, 80\]"):
         load_model(tmp_path)
 
 
