@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fptquant.errors import UserError
 from fptquant.models.adapter import BlockView, view_model
+from fptquant.models.instrument import iter_quantizers, set_modes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +63,8 @@ def collect_activations(
 ) -> ActivationStatistics:
     """Magnitudes at every place and layer for one window, and a map of tokens and channels for one layer of each place.
 
-    A quantized linear is looked at where its quantizer is: after online transforms, before rounding. Pass the layers of
+    Quantizers are off meanwhile, so that only the transforms are seen: a quantizer cuts off what lies outside its range.
+    A linear is looked at where its quantizer is, after online transforms. Pass the layers of
     an earlier call (`map_layers_of`) to see the same ones; by default each place shows the layer with its largest value.
 
     Shape:
@@ -83,9 +85,20 @@ def collect_activations(
         site.largest.append(largest)
         site.median.append(float(magnitude.median()))
 
-    with _watching(blocks, note):
+    with _quantizers_off(model), _watching(blocks, note):
         _forward(model, tokens)
     return statistics
+
+
+@contextmanager
+def _quantizers_off(model: PreTrainedModel) -> Iterator[None]:
+    modes = {quantizer: quantizer.mode for _, quantizer in iter_quantizers(model)}
+    set_modes(model, "off")
+    try:
+        yield
+    finally:
+        for quantizer, mode in modes.items():
+            quantizer.mode = mode
 
 
 def map_layers_of(statistics: ActivationStatistics) -> dict[str, int]:
@@ -115,50 +128,13 @@ def _hook(module: nn.Module, place: Place, name: str, index: int, note: Callable
             note(name, index, output[0] if isinstance(output, tuple) else output)
 
         return module.register_forward_hook(after)
-    # Without a quantizer an online transform happens inside the linear: `prepare_input` is what the weight meets.
-    quantizer = getattr(module, "input_quantizer", None)
-    prepare = getattr(module, "prepare_input", None) if quantizer is None else None
+    # An online transform happens inside the linear: `prepare_input` is what the weight meets.
+    prepare = getattr(module, "prepare_input", None)
 
     def before(_: nn.Module, args: Any) -> None:
         note(name, index, args[0] if prepare is None else prepare(args[0]))
 
-    if quantizer is not None:
-        return _hook_shared(quantizer, module, before)
     return module.register_forward_pre_hook(before)
-
-
-def _hook_shared(quantizer: nn.Module, owner: nn.Module, before: Callable[[nn.Module, Any], None]) -> Any:
-    """Hooks a quantizer that several linears share, only while ``owner`` calls it."""
-    inside = [False]
-
-    def enter(_: nn.Module, args: Any) -> None:
-        inside[0] = True
-
-    def leave(_: nn.Module, args: Any, output: Any) -> None:
-        inside[0] = False
-
-    def inner(module: nn.Module, args: Any) -> None:
-        if inside[0]:
-            before(module, args)
-
-    return _Handles(
-        [
-            owner.register_forward_pre_hook(enter),
-            owner.register_forward_hook(leave),
-            quantizer.register_forward_pre_hook(inner),
-        ]
-    )
-
-
-@dataclass
-class _Handles:
-    """Several hooks removed as one."""
-
-    handles: list[Any]
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
 
 
 @torch.inference_mode()

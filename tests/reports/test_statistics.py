@@ -10,6 +10,7 @@ from fptquant.config.schema import QuantizationConfig
 from fptquant.errors import UserError
 from fptquant.models.instrument import instrument
 from fptquant.reports.statistics import PLACES, block_errors, collect_activations, map_layers_of, trace_residuals
+from fptquant.stages.set_ranges import set_activation_ranges_
 from tests.models.tiny import tiny_model, token_ids
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
 
@@ -53,10 +54,17 @@ def test_online_transforms_are_seen_with_and_without_quantizers() -> None:
         assert all(len(site.largest) == 2 for site in after.values())
 
 
-def test_a_shared_quantizer_is_counted_once() -> None:
+def test_what_quantizers_cut_off_is_seen() -> None:
     model = tiny_model("LlamaForCausalLM")
-    instrument(model, QuantizationConfig.model_validate({"activation": {"bits": 8}}))
-    assert all(len(site.largest) == 2 for site in collect_activations(model, TOKENS).values())
+    before = collect_activations(model, TOKENS)
+    part = {"bits": 2, "range": {"method": "mse"}}
+    instrument(model, QuantizationConfig.model_validate({"activation": part, "kv_cache": part, "sites": "all"}))
+    set_activation_ranges_(model, TOKENS[None])
+    logits = model(TOKENS[None]).logits
+    after = collect_activations(model, TOKENS)
+    for name, site in after.items():
+        assert site.largest == pytest.approx(before[name].largest), name
+    assert torch.equal(model(TOKENS[None]).logits, logits)
 
 
 def test_a_rotated_and_rescaled_residual_has_no_error() -> None:
