@@ -93,6 +93,8 @@ def test_opcheck(symmetric: bool) -> None:
     zero = torch.empty(0) if zero is None else zero
     arguments = (x.requires_grad_(), scale.requires_grad_(), zero.requires_grad_(not symmetric), 6, 0, -8, 7)
     torch.library.opcheck(torch.ops.fptquant.fake_quant.default, arguments)
+    plain = tuple(tensor.detach() for tensor in arguments[:3])
+    torch.library.opcheck(torch.ops.fptquant.fake_quant_backward.default, (plain[0], *plain, 6, 0, -8, 7))
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -124,6 +124,12 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.fptquant.merge_query_key.default, (*leaves, GROUP, True))
     arguments = (*leaves, scale.requires_grad_(), zero.requires_grad_(), GROUP, False, 4, 0, -8, 7)
     torch.library.opcheck(torch.ops.fptquant.merge_query_key_fake_quant.default, arguments)
+    plain = tuple(tensor.detach() for tensor in arguments[:5])
+    for wanted in (False, True):  # the gradient of the weight
+        options = (plain[0], *plain[:3], GROUP, True, wanted)
+        torch.library.opcheck(torch.ops.fptquant.merge_query_key_backward.default, options)
+        options = (plain[0], *plain, GROUP, False, 4, 0, -8, 7, wanted)
+        torch.library.opcheck(torch.ops.fptquant.merge_query_key_fake_quant_backward.default, options)
     torch.library.opcheck(torch.ops.fptquant.query_key_moments.default, (weight.detach(), 2 * HALF))
 
 

@@ -121,6 +121,12 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.fptquant.merge_scale.default, (weight, row, torch.empty(0)))
     arguments = (*leaves, scale.requires_grad_(), zero.requires_grad_(), 4, 0, -8, 7)
     torch.library.opcheck(torch.ops.fptquant.merge_scale_fake_quant.default, arguments)
+    plain = tuple(tensor.detach() for tensor in arguments[:5])
+    for wanted in (False, True):  # the gradient of the weight
+        options = (plain[0], *plain[:3], wanted)
+        torch.library.opcheck(torch.ops.fptquant.merge_scale_backward.default, options)
+        options = (plain[0], *plain, 4, 0, -8, 7, wanted)
+        torch.library.opcheck(torch.ops.fptquant.merge_scale_fake_quant_backward.default, options)
     torch.library.opcheck(torch.ops.fptquant.scale_moments.default, (weight.detach(), 4.0))
 
 

@@ -50,6 +50,8 @@ def test_gradient() -> None:
 def test_opcheck() -> None:
     residual, running = random(3, 6, dtype=torch.float32), random(3, 1, dtype=torch.float32, seed=1).exp()
     torch.library.opcheck(torch.ops.fptquant.residual_scale.default, (residual.requires_grad_(), running.requires_grad_(), 1e-3))
+    plain = (residual.detach(), running.detach())
+    torch.library.opcheck(torch.ops.fptquant.residual_scale_backward.default, (*plain, *plain, 1e-3))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
