@@ -6,8 +6,10 @@ PyTorch is needed to compile it, and one wheel serves every Python from 3.11 and
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -18,6 +20,7 @@ X86 = platform.machine().lower() in {"x86_64", "amd64"}
 FLAGS = [
     "-std=gnu17",
     "-O3",
+    "-g0",
     "-fexceptions",
     "-fvisibility=hidden",
     "-ffp-contract=off",
@@ -47,17 +50,18 @@ def kernel_sources(isa: str) -> list[str]:
 
 
 class build_clib_per_isa(build_clib):
-    """Gives each library its own folder of objects: the same source is compiled once for each instruction set."""
+    """Builds the libraries side by side, each in a folder of its own: one source is compiled once for each instruction set."""
 
     def build_libraries(self, libraries: list) -> None:  # type: ignore[type-arg]
-        folder = self.build_temp
-        for library in libraries:
-            self.build_temp = str(Path(folder, library[0]))
-            super().build_libraries([library])
-        self.build_temp = folder
+        def build(library: tuple) -> None:  # type: ignore[type-arg]
+            command = copy.copy(self)
+            command.build_temp = str(Path(self.build_temp, library[0]))
+            build_clib.build_libraries(command, [library])
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(build, libraries))
 
 
-# A twin may include the specification that it replaces in part, so every object depends on both.
 headers = [str(path) for path in sorted([*CSRC.rglob("*.h"), *(CSRC / "cpu").glob("*.c")])]
 libraries = [
     (
