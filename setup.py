@@ -36,8 +36,8 @@ FLAGS = [
 # Flags belong to an instruction set, never to the core as a whole: what runs on every processor is built without them.
 ISA_FLAGS = {"scalar": []}
 if X86:
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mf16c"]
-    ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", "-mprefer-vector-width=512"]
+    ISA_FLAGS["avx2"] = ["-mavx2"]
+    ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 
 
 def kernel_sources(isa: str) -> list[str]:

@@ -179,6 +179,9 @@ def _load(source: str, dtype: torch.dtype, cached_only: bool) -> tuple[PreTraine
             f"{name} of {source} has the shape {list(found)}, but config.json needs {list(expected)}; "
             "the two do not belong together: copy or download the model again"
         )
+    surplus = [name for name in sorted(info["unexpected_keys"]) if name.endswith("_proj.weight")]
+    if surplus:  # inverse frequencies and other buffers of old checkpoints may be too many, weights may not
+        raise UserError(f"{source} holds {surplus[0]}, which config.json has no place for; the two do not belong together")
     if info["missing_keys"]:  # and here
         raise UserError(f"{source} lacks {len(info['missing_keys'])} tensors, {sorted(info['missing_keys'])[0]} among them")
     return model, tokenizer

@@ -137,6 +137,8 @@ def check_transforms(sizes: ModelSizes, options: TransformOptions) -> None:
         )
     if options.down_hadamard:
         DownHadamard(sizes.intermediate_size, options.down_hadamard_block)
+    if options.residual_rotation is not None:
+        ResidualRotation(sizes.hidden_size, start=options.residual_rotation)
     if options.value_mixing is not None:
         ValueMixing(1, sizes.head_dim, start=options.value_mixing, constraint=options.value_constraint)
 

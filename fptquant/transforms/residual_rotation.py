@@ -43,14 +43,16 @@ class ResidualRotation(Transform):
 
     forward: x' = C B x;  inverse: x = B^T C^T x', with B the start and C = cayley(G - G^T) of the parameter G
     (``generator``, zero at first: C = I). B = H diag(signs) for the start ``random_hadamard`` (applied as a fast
-    transform), diag(signs) = I for ``hadamard``. Where there is no Hadamard matrix of this size a random orthogonal
-    matrix is used instead; ``note`` says so.
+    transform), diag(signs) = I for ``hadamard``.
     RMSNorm without a gain commutes with a rotation: fold the gains first.
 
     Shape: activations [..., H]. Weights: ``read`` [out, H] (q, k, v, gate, up, lm_head), ``write`` [H, in] or bias [H]
     (o_proj, down_proj), ``embedding`` [vocabulary, H].
 
     Weights are merged in float64 by the fast transform; by a dense matrix in float32 (float64 for float64 weights).
+
+    Raises:
+        UserError: if there is no Hadamard matrix of this size; names the nearest sizes and the starts that exist in any.
 
     Source: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406), FPTQuant (arXiv 2506.04985).
     """
@@ -68,11 +70,9 @@ class ResidualRotation(Transform):
         super().__init__()
         self.hidden_size = hidden_size
         self.start: Start = start
-        self.note = ""
-        if start.endswith("hadamard") and not is_hadamard_size(hidden_size):
-            self.start = "random_orthogonal"
-            self.note = f"no Hadamard matrix of size {hidden_size} is known: a random orthogonal matrix is used instead"
         rng = generator(seed)
+        if start.endswith("hadamard") and not is_hadamard_size(hidden_size):
+            start_matrix(start, hidden_size, rng)  # its error names the sizes that are possible, and other starts
         fast = self.start in ("hadamard", "random_hadamard")
         signs = random_signs(hidden_size, rng) if self.start == "random_hadamard" else torch.ones(hidden_size)
         # Of the two descriptions of B one is empty: signs of the fast transform, or a dense matrix.
@@ -161,5 +161,4 @@ class ResidualRotation(Transform):
         super().randomize_(generator, spread / self.hidden_size**0.5)
 
     def describe(self) -> dict[str, Any]:
-        note = {"note": self.note} if self.note else {}
-        return {**super().describe(), "size": self.hidden_size, "start": self.start, "fast": self.is_fast, **note}
+        return {**super().describe(), "size": self.hidden_size, "start": self.start, "fast": self.is_fast}

@@ -126,6 +126,13 @@ def test_unsupported_architecture_is_found_before_the_weights(tmp_path: Path) ->
         load_model(folder)
 
 
+def test_a_layer_too_many_is_named(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    edit_config(folder, num_hidden_layers=1)
+    with pytest.raises(UserError, match=r"holds model\.layers\.1\.mlp\.down_proj\.weight, which config\.json has no place for"):
+        load_model(folder)
+
+
 def test_missing_tensor_is_named(tmp_path: Path) -> None:
     path = write_model(tmp_path) / "model.safetensors"
     tensors = load_file(path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fptquant.errors import UserError
-from fptquant.transforms import ResidualRotation, Start
+from fptquant.transforms import ModelSizes, ResidualRotation, Start, TransformOptions, check_transforms
 from fptquant.transforms.base import generator
 from fptquant.transforms.residual_rotation import cayley
 
@@ -53,11 +53,14 @@ def test_many_rows_are_merged_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(transform.merge_into(weight, "read"), whole, rtol=0, atol=1e-5)
 
 
-def test_sizes_without_a_hadamard_matrix_use_a_random_orthogonal_one() -> None:
-    transform = ResidualRotation(38)
-    assert "no Hadamard matrix of size 38" in transform.describe()["note"]
-    assert transform.start == "random_orthogonal"
-    matrix = transform.matrix().detach()
+def test_sizes_without_a_hadamard_matrix_are_refused_and_random_orthogonal_serves_them() -> None:
+    for start in ("hadamard", "random_hadamard"):
+        with pytest.raises(UserError, match=r"38.*36.*40.*random_orthogonal"):
+            ResidualRotation(38, start=start)
+    sizes = ModelSizes(1, hidden_size=38, intermediate_size=48, num_heads=2, num_kv_heads=1, head_dim=19)
+    with pytest.raises(UserError, match="38"):
+        check_transforms(sizes, TransformOptions(residual_rotation="random_hadamard"))
+    matrix = ResidualRotation(38, start="random_orthogonal").matrix().detach()
     assert float((matrix @ matrix.T - torch.eye(38)).abs().max()) < 1e-13
 
 
