@@ -156,6 +156,17 @@ tensor_handle new_tensor(const char *op, int64_t ndim, const int64_t *sizes, int
     return tensor;
 }
 
+tensor_handle new_like(const char *op, const struct view *view)
+{
+    return new_tensor(op, view->ndim, view->sizes, view->torch_dtype);
+}
+
+tensor_handle new_absent(const char *op, int32_t torch_dtype)
+{
+    const int64_t no_elements[1] = {0};
+    return new_tensor(op, 1, no_elements, torch_dtype);
+}
+
 void *data_of(tensor_handle tensor)
 {
     void *data = NULL;

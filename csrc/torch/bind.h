@@ -111,6 +111,9 @@ struct layout layout_of(const char *op, const struct view *x, int64_t channels, 
 
 /* A new contiguous CPU tensor, and where to write it. */
 tensor_handle new_tensor(const char *op, int64_t ndim, const int64_t *sizes, int32_t torch_dtype);
+/* The same with the shape and dtype of a tensor at hand; and a tensor without elements, which stands for none. */
+tensor_handle new_like(const char *op, const struct view *view);
+tensor_handle new_absent(const char *op, int32_t torch_dtype);
 void *data_of(tensor_handle tensor);
 
 /* One entry per boxed operator: its name and kernel. A file adds its own below. */

@@ -19,7 +19,7 @@ void boxed_fake_quant(stable_value *stack, uint64_t num_args, uint64_t num_retur
     const struct layout layout = layout_of(op, &x, scale.numel, (int64_t)stack[3]);
     expect(op, "scale", &scale, layout.channels, compute);
 
-    OWNED tensor_handle y = new_tensor(op, x.ndim, x.sizes, x.torch_dtype);
+    OWNED tensor_handle y = new_like(op, &x);
     check_status(fptq_fake_quant_forward(&(struct fptq_fake_quant_forward){
         .y = data_of(y),
         .x = x.data,
@@ -47,7 +47,7 @@ void boxed_fake_quant_backward(stable_value *stack, uint64_t num_args, uint64_t 
     expect(op, "scale", &scale, layout.channels, compute);
     expect(op, "dy", &dy, x.numel, x.torch_dtype);
 
-    OWNED tensor_handle dx = new_tensor(op, x.ndim, x.sizes, x.torch_dtype);
+    OWNED tensor_handle dx = new_like(op, &x);
     OWNED tensor_handle dscale = new_tensor(op, scale.ndim, scale.sizes, compute);
     OWNED tensor_handle dzero_point = new_tensor(op, zero_point.ndim, zero_point.sizes, compute);
     check_status(fptq_fake_quant_backward(&(struct fptq_fake_quant_backward){

@@ -16,7 +16,7 @@ void boxed_hadamard(stable_value *stack, uint64_t num_args, uint64_t num_returns
     if (x.ndim < 1 || size < 1 || x.sizes[x.ndim - 1] % size != 0) {
         raise_error("%s: block_size = %lld does not divide the last axis of x", op, (long long)size);
     }
-    OWNED tensor_handle y = new_tensor(op, x.ndim, x.sizes, x.torch_dtype);
+    OWNED tensor_handle y = new_like(op, &x);
     check_status(fptq_hadamard(&(struct fptq_hadamard){
         .y = data_of(y),
         .x = x.data,

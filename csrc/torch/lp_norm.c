@@ -24,8 +24,8 @@ void boxed_lp_norm_query_key(stable_value *stack, uint64_t num_args, uint64_t nu
     expect(op, "angle", &angle, angle.numel, compute_dtype(dtype));
     expect(op, "log_scale", &log_scale, angle.numel, compute_dtype(dtype));
     OWNED tensor_handle value = new_tensor(op, 0, NULL, torch.aoti_torch_dtype_float64());
-    OWNED tensor_handle dangle = new_tensor(op, angle.ndim, angle.sizes, angle.torch_dtype);
-    OWNED tensor_handle dlog_scale = new_tensor(op, angle.ndim, angle.sizes, angle.torch_dtype);
+    OWNED tensor_handle dangle = new_like(op, &angle);
+    OWNED tensor_handle dlog_scale = new_like(op, &angle);
     check_status(fptq_lp_norm_query_key(&(struct fptq_lp_norm_query_key){
         .value = data_of(value),
         .dangle = data_of(dangle),

@@ -55,7 +55,7 @@ void boxed_merge_query_key(stable_value *stack, uint64_t num_args, uint64_t num_
     const struct view weight = view_of(op, "weight", weight_tensor), angle = view_of(op, "angle", angle_tensor),
                       log_scale = view_of(op, "log_scale", log_scale_tensor);
     struct fptq_merge_query_key_forward args = arguments_of(op, &weight, &angle, &log_scale, stack + 3);
-    OWNED tensor_handle y = new_tensor(op, weight.ndim, weight.sizes, weight.torch_dtype);
+    OWNED tensor_handle y = new_like(op, &weight);
     args.y = data_of(y);
     check_status(fptq_merge_query_key_forward(&args));
     stack[0] = give(&y);
@@ -72,13 +72,11 @@ void boxed_merge_query_key_fake_quant(stable_value *stack, uint64_t num_args, ui
                       zero_point = view_of(op, "zero_point", zero_tensor);
     struct fptq_merge_query_key_forward args = arguments_of(op, &weight, &angle, &log_scale, stack + 5);
     add_quantizer(op, &args, &scale, &zero_point, stack + 7);
-    OWNED tensor_handle y = new_tensor(op, weight.ndim, weight.sizes, weight.torch_dtype);
+    OWNED tensor_handle y = new_like(op, &weight);
     args.y = data_of(y);
     check_status(fptq_merge_query_key_forward(&args));
     stack[0] = give(&y);
 }
-
-static const int64_t no_elements[1] = {0};
 
 void boxed_merge_query_key_backward(stable_value *stack, uint64_t num_args, uint64_t num_returns)
 {
@@ -91,9 +89,9 @@ void boxed_merge_query_key_backward(stable_value *stack, uint64_t num_args, uint
     struct fptq_merge_query_key_backward args = {.forward = arguments_of(op, &weight, &angle, &log_scale, stack + 4)};
     expect(op, "dy", &dy, weight.numel, weight.torch_dtype);
     const bool wanted = stack[6] != 0;
-    OWNED tensor_handle dweight = new_tensor(op, wanted ? weight.ndim : 1, wanted ? weight.sizes : no_elements, weight.torch_dtype);
-    OWNED tensor_handle dangle = new_tensor(op, angle.ndim, angle.sizes, angle.torch_dtype);
-    OWNED tensor_handle dlog_scale = new_tensor(op, angle.ndim, angle.sizes, angle.torch_dtype);
+    OWNED tensor_handle dweight = wanted ? new_like(op, &weight) : new_absent(op, weight.torch_dtype);
+    OWNED tensor_handle dangle = new_like(op, &angle);
+    OWNED tensor_handle dlog_scale = new_like(op, &angle);
     args.dweight = data_of(dweight);
     args.dangle = data_of(dangle);
     args.dlog_scale = data_of(dlog_scale);
@@ -117,11 +115,11 @@ void boxed_merge_query_key_fake_quant_backward(stable_value *stack, uint64_t num
     add_quantizer(op, &args.forward, &scale, &zero_point, stack + 8);
     expect(op, "dy", &dy, weight.numel, weight.torch_dtype);
     const bool wanted = stack[12] != 0;
-    OWNED tensor_handle dweight = new_tensor(op, wanted ? weight.ndim : 1, wanted ? weight.sizes : no_elements, weight.torch_dtype);
-    OWNED tensor_handle dangle = new_tensor(op, angle.ndim, angle.sizes, angle.torch_dtype);
-    OWNED tensor_handle dlog_scale = new_tensor(op, angle.ndim, angle.sizes, angle.torch_dtype);
-    OWNED tensor_handle dscale = new_tensor(op, scale.ndim, scale.sizes, scale.torch_dtype);
-    OWNED tensor_handle dzero_point = new_tensor(op, zero_point.ndim, zero_point.sizes, zero_point.torch_dtype);
+    OWNED tensor_handle dweight = wanted ? new_like(op, &weight) : new_absent(op, weight.torch_dtype);
+    OWNED tensor_handle dangle = new_like(op, &angle);
+    OWNED tensor_handle dlog_scale = new_like(op, &angle);
+    OWNED tensor_handle dscale = new_like(op, &scale);
+    OWNED tensor_handle dzero_point = new_like(op, &zero_point);
     args.dweight = data_of(dweight);
     args.dangle = data_of(dangle);
     args.dlog_scale = data_of(dlog_scale);

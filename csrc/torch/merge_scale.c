@@ -48,7 +48,7 @@ void boxed_merge_scale(stable_value *stack, uint64_t num_args, uint64_t num_retu
     const struct view weight = view_of(op, "weight", weight_tensor), row = view_of(op, "row_log_scale", row_tensor),
                       column = view_of(op, "column_log_scale", column_tensor);
     struct fptq_merge_scale_forward args = arguments_of(op, &weight, &row, &column);
-    OWNED tensor_handle y = new_tensor(op, weight.ndim, weight.sizes, weight.torch_dtype);
+    OWNED tensor_handle y = new_like(op, &weight);
     args.y = data_of(y);
     check_status(fptq_merge_scale_forward(&args));
     stack[0] = give(&y);
@@ -65,13 +65,11 @@ void boxed_merge_scale_fake_quant(stable_value *stack, uint64_t num_args, uint64
                       zero_point = view_of(op, "zero_point", zero_tensor);
     struct fptq_merge_scale_forward args = arguments_of(op, &weight, &row, &column);
     add_quantizer(op, &args, &scale, &zero_point, stack + 5);
-    OWNED tensor_handle y = new_tensor(op, weight.ndim, weight.sizes, weight.torch_dtype);
+    OWNED tensor_handle y = new_like(op, &weight);
     args.y = data_of(y);
     check_status(fptq_merge_scale_forward(&args));
     stack[0] = give(&y);
 }
-
-static const int64_t no_elements[1] = {0};
 
 void boxed_merge_scale_backward(stable_value *stack, uint64_t num_args, uint64_t num_returns)
 {
@@ -84,9 +82,9 @@ void boxed_merge_scale_backward(stable_value *stack, uint64_t num_args, uint64_t
     struct fptq_merge_scale_backward args = {.forward = arguments_of(op, &weight, &row, &column)};
     expect(op, "dy", &dy, weight.numel, weight.torch_dtype);
     const bool wanted = stack[4] != 0;
-    OWNED tensor_handle dweight = new_tensor(op, wanted ? weight.ndim : 1, wanted ? weight.sizes : no_elements, weight.torch_dtype);
-    OWNED tensor_handle drow = new_tensor(op, row.ndim, row.sizes, row.torch_dtype);
-    OWNED tensor_handle dcolumn = new_tensor(op, column.ndim, column.sizes, column.torch_dtype);
+    OWNED tensor_handle dweight = wanted ? new_like(op, &weight) : new_absent(op, weight.torch_dtype);
+    OWNED tensor_handle drow = new_like(op, &row);
+    OWNED tensor_handle dcolumn = new_like(op, &column);
     args.dweight = data_of(dweight);
     args.drow_log_scale = data_of(drow);
     args.dcolumn_log_scale = data_of(dcolumn);
@@ -110,11 +108,11 @@ void boxed_merge_scale_fake_quant_backward(stable_value *stack, uint64_t num_arg
     add_quantizer(op, &args.forward, &scale, &zero_point, stack + 6);
     expect(op, "dy", &dy, weight.numel, weight.torch_dtype);
     const bool wanted = stack[10] != 0;
-    OWNED tensor_handle dweight = new_tensor(op, wanted ? weight.ndim : 1, wanted ? weight.sizes : no_elements, weight.torch_dtype);
-    OWNED tensor_handle drow = new_tensor(op, row.ndim, row.sizes, row.torch_dtype);
-    OWNED tensor_handle dcolumn = new_tensor(op, column.ndim, column.sizes, column.torch_dtype);
-    OWNED tensor_handle dscale = new_tensor(op, scale.ndim, scale.sizes, scale.torch_dtype);
-    OWNED tensor_handle dzero_point = new_tensor(op, zero_point.ndim, zero_point.sizes, zero_point.torch_dtype);
+    OWNED tensor_handle dweight = wanted ? new_like(op, &weight) : new_absent(op, weight.torch_dtype);
+    OWNED tensor_handle drow = new_like(op, &row);
+    OWNED tensor_handle dcolumn = new_like(op, &column);
+    OWNED tensor_handle dscale = new_like(op, &scale);
+    OWNED tensor_handle dzero_point = new_like(op, &zero_point);
     args.dweight = data_of(dweight);
     args.drow_log_scale = data_of(drow);
     args.dcolumn_log_scale = data_of(dcolumn);

@@ -26,8 +26,8 @@ void boxed_residual_scale(stable_value *stack, uint64_t num_args, uint64_t num_r
     const struct view residual = view_of(op, "residual", residual_tensor), running = view_of(op, "running_scale", running_tensor);
     const int32_t dtype = floating_dtype(op, "residual", &residual);
     const int64_t tokens = tokens_of(op, &residual, &running, dtype);
-    OWNED tensor_handle normalized = new_tensor(op, residual.ndim, residual.sizes, residual.torch_dtype);
-    OWNED tensor_handle new_running = new_tensor(op, running.ndim, running.sizes, running.torch_dtype);
+    OWNED tensor_handle normalized = new_like(op, &residual);
+    OWNED tensor_handle new_running = new_like(op, &running);
     check_status(fptq_residual_scale_forward(&(struct fptq_residual_scale_forward){
         .normalized = data_of(normalized),
         .new_running_scale = data_of(new_running),
@@ -55,8 +55,8 @@ void boxed_residual_scale_backward(stable_value *stack, uint64_t num_args, uint6
     const int64_t tokens = tokens_of(op, &residual, &running, dtype);
     expect(op, "dnormalized", &dnormalized, residual.numel, residual.torch_dtype);
     expect(op, "dnew_running_scale", &dnew, tokens, running.torch_dtype);
-    OWNED tensor_handle dresidual = new_tensor(op, residual.ndim, residual.sizes, residual.torch_dtype);
-    OWNED tensor_handle drunning = new_tensor(op, running.ndim, running.sizes, running.torch_dtype);
+    OWNED tensor_handle dresidual = new_like(op, &residual);
+    OWNED tensor_handle drunning = new_like(op, &running);
     check_status(fptq_residual_scale_backward(&(struct fptq_residual_scale_backward){
         .dresidual = data_of(dresidual),
         .drunning_scale = data_of(drunning),
