@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,16 +22,15 @@ from fptquant.models.loading import check_finite_weights
 from fptquant.reports.progress import Progress
 from fptquant.stages.fuse_norms import fuse_norms_
 from fptquant.stages.learn_rotation import learn_rotation_
-from fptquant.stages.merge_transforms import merge_transforms_, model_sizes, rotate_residual_
+from fptquant.stages.merge_transforms import merge_blocks_, model_sizes, rotate_residual_
 from fptquant.stages.optimize_local import optimize_local_
+from fptquant.stages.progress import Progress as ProgressCallback
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
 from fptquant.stages.untie import untie_
 from fptquant.transforms import ModelSizes, ModelTransforms, TransformOptions, build_transforms, check_transforms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-ProgressCallback = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -180,8 +179,7 @@ def _transform_(
             )
             report["local"] = local.as_dict()
     with stage("merge the transforms"):
-        rest = ModelTransforms([transforms.block(index) for index in range(len(transforms.blocks))])
-        merge_transforms_(model, rest, progress=progress)
+        merge_blocks_(model, transforms, progress=progress)
     return transforms, report
 
 
