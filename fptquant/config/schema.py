@@ -65,6 +65,17 @@ def _check_prefix(prefix: Any) -> Any:
 PrefixSetting = Annotated[str | list[int] | None, BeforeValidator(_check_prefix)]
 """``auto``, a text, token ids, or nothing."""
 
+
+def _check_windows(windows: Any) -> Any:
+    """One message instead of one for each kind of value."""
+    if windows != "all" and (not isinstance(windows, int) or isinstance(windows, bool) or windows < 1):
+        raise ValueError(f"{windows!r} is no number of windows; write at least 1, or all")
+    return windows
+
+
+Windows = Annotated[int | Literal["all"], BeforeValidator(_check_windows)]
+"""A number of windows, or ``all`` that the text has."""
+
 Start = Literal["identity", "hadamard", "random_hadamard", "random_orthogonal"]
 """Matrices from which a rotation or mixing starts; a random one is drawn from ``seed``."""
 
@@ -338,7 +349,7 @@ class EvaluationConfig(StrictModel):
     """Text on which perplexity and agreement are measured."""
 
     text: str = Field(default="auto", min_length=1)
-    windows: int = Field(default=8, ge=1)
+    windows: Windows = Field(default=8, description="the first ones, or all")
     window: int = Field(default=1024, ge=2)
 
 

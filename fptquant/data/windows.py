@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def token_windows(tokenizer: PreTrainedTokenizerBase, text: Text, windows: int, window: int, *, seed: int | None = None) -> Tensor:
-    """The first windows of a text, or with a seed a random choice of them, in the order of the text.
+def token_windows(
+    tokenizer: PreTrainedTokenizerBase, text: Text, windows: int | Literal["all"], window: int, *, seed: int | None = None
+) -> Tensor:
+    """The first windows of a text, or with a seed a random choice of them, in the order of the text; or ``"all"`` whole ones.
 
     The whole text is tokenized at once, without special tokens, and cut every ``window`` tokens.
 
@@ -25,20 +27,21 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, text: Text, windows: int, 
     Raises:
         UserError: if the text has fewer tokens than asked for, or no window is asked for.
     """
-    if windows < 1:
+    if isinstance(windows, int) and windows < 1:
         raise UserError(f"{windows} windows of the text {text.name} were asked for; ask for at least one")
     ids: list[int] = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
     available = len(ids) // window
-    if available < windows:
+    wanted = max(1, available) if windows == "all" else windows
+    if available < wanted:
         raise UserError(
-            f"the text {text.name} has {len(ids):,} tokens, but {windows} windows of {window:,} tokens need "
-            f"{windows * window:,}; ask for fewer or shorter windows, or give a longer text"
+            f"the text {text.name} has {len(ids):,} tokens, but {wanted} windows of {window:,} tokens need "
+            f"{wanted * window:,}; ask for fewer or shorter windows, or give a longer text"
         )
     cut = torch.tensor(ids[: available * window], dtype=torch.int64).view(available, window)
     if seed is None:
-        return cut[:windows].clone()
+        return cut[:wanted].clone()
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(available, generator=generator)[:windows]
+    chosen = torch.randperm(available, generator=generator)[:wanted]
     return cut[chosen.sort().values]
 
 

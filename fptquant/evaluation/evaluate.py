@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class _Sums:
 
 
 def evaluation_windows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | Text, windows: int, window: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | Text, windows: int | Literal["all"], window: int
 ) -> tuple[Tensor, str]:
     """The first windows of the evaluation text, and the name of that text.
 
@@ -80,12 +80,12 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     *,
     text: str | Text = "auto",
-    windows: int = 8,
+    windows: int | Literal["all"] = 8,
     window: int = 1024,
     reference: PreTrainedModel | TeacherCache | None = None,
     progress: ProgressCallback | None = None,
 ) -> Evaluation:
-    """Measures a model on the first ``windows`` windows of a text, each read on its own.
+    """Measures a model on the first ``windows`` windows of a text, or on all of them, each read on its own.
 
     A window of 1,024 tokens gives 1,023 predictions: its first token has no context and is not scored. Special tokens
     are not added.
@@ -109,7 +109,7 @@ def build_reference(
     tokenizer: PreTrainedTokenizerBase,
     *,
     text: str | Text = "auto",
-    windows: int = 8,
+    windows: int | Literal["all"] = 8,
     window: int = 1024,
     progress: ProgressCallback | None = None,
     shared: bool = False,

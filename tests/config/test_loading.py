@@ -228,6 +228,12 @@ def test_groups_of_a_method_stay_for_static_labels(tmp_path: Path) -> None:
     )
 
 
+def test_windows_of_the_evaluation() -> None:
+    assert load_config("rtn", "evaluation.windows=all").evaluation.windows == "all"
+    for text in ("0", "some", "true"):
+        assert mistakes(f"evaluation.windows={text}")[0].endswith("is no number of windows; write at least 1, or all")
+
+
 def test_prefixes() -> None:
     for text, value in (("auto", "auto"), ("[1, 2]", [1, 2]), ("'a text'", "a text"), ("null", None)):
         assert load_config("rtn", f"quantization.prefix={text}").quantization.prefix == value

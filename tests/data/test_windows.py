@@ -31,6 +31,13 @@ def test_a_seed_draws_windows_without_overlap() -> None:
     assert len(set(drawn.flatten().tolist())) == 60
 
 
+def test_all_windows_are_the_whole_ones_of_a_text() -> None:
+    every = token_windows(tiny_tokenizer(), TEXT, "all", 20)
+    assert torch.equal(every, token_windows(tiny_tokenizer(), TEXT, 2, 20))  # 50 tokens
+    with pytest.raises(UserError, match=r"1 windows of 60 tokens need 60"):
+        token_windows(tiny_tokenizer(), TEXT, "all", 60)
+
+
 def test_a_short_text_is_refused_with_both_numbers() -> None:
     with pytest.raises(UserError, match=r"digits has 50 tokens, but 6 windows of 10 tokens need 60"):
         token_windows(tiny_tokenizer(), TEXT, 6, 10)
