@@ -181,11 +181,11 @@ def run(
 
     The folder holds the config, versions, metrics as JSON, the table as Markdown, plots, and the calibrated model. A run that
     trains works in FOLDER.partial; if it is killed, the same command with --resume goes on from its last checkpoint.
-    With --stream the folder is the calibrated model alone; if it is killed, the same command goes on after its last block.
+    With --stream the folder is the calibrated model alone, and --resume goes on after the last finished block.
     """
     config = _load(file, overrides, output)
     if stream:
-        _stream(config, overwrite, save, threads)
+        _stream(config, overwrite, resume, save, threads)
         return
     _run([config], f"{config.name} on {config.model}", config.output_folder, overwrite, resume, save, threads)
 
@@ -249,20 +249,21 @@ def _run(configs: list[Config], title: str, output: str, overwrite: bool, resume
             console.print(f"written to {escape(str(experiment.folder))}")
 
 
-def _stream(config: Config, overwrite: bool, save: bool, threads: int | None) -> None:
+def _stream(config: Config, overwrite: bool, resume: bool, save: bool, threads: int | None) -> None:
     from fptquant.reports.processes import launched, processes, resolve_device
-    from fptquant.reports.run_folder import check_output
+    from fptquant.reports.unfinished_run import check_run, stream_description
 
     if not save:
         raise UserError("--stream does nothing but write the calibrated model; leave out --no-save")
     if launched() is not None:
         raise UserError("--stream works in one process; start it without torchrun")
-    check_output(config.output_folder, overwrite=overwrite)  # before torch is imported, which takes seconds
+    description = stream_description(config)
+    check_run(config.output_folder, description, overwrite=overwrite, resume=resume)  # before torch is imported: seconds
     from fptquant.stages.stream import calibrate_streamed
 
     with processes(config.device, threads):
         device = resolve_device(config.device)
-        folder = calibrate_streamed(config.model, config, config.output_folder, overwrite=overwrite, device=device)
+        folder = calibrate_streamed(config.model, config, config.output_folder, overwrite=overwrite, resume=resume, device=device)
     Console(highlight=False).print(f"written to {escape(str(folder))}")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fptquant import ops
 from fptquant.errors import UserError
@@ -230,6 +231,40 @@ def iter_quantizers(model: nn.Module, kind: Kind | None = None) -> Iterator[tupl
     for module in model.modules():
         if isinstance(module, Quantizer) and (kind is None or kind_of(module.name) == kind):
             yield module.name, module
+
+
+def range_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Scale and zero point of every static quantizer of a model, or of a part of one, by quantizer name."""
+    return {
+        f"{name}.{part}": value.detach().cpu().contiguous()
+        for name, quantizer in iter_quantizers(model)
+        if not quantizer.dynamic
+        for part in ("scale", "zero_point")
+        if (value := getattr(quantizer, part)) is not None
+    }
+
+
+def load_ranges_(model: PreTrainedModel, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Gives every static quantizer of a model what `range_tensors` gave of it.
+
+    Args:
+        source: the file that errors name.
+
+    Raises:
+        UserError: if a range is missing or left over.
+    """
+    left = dict(tensors)
+    for name, quantizer in iter_quantizers(model):
+        if quantizer.dynamic:
+            continue
+        for part in ("scale", "zero_point"):
+            if f"{name}.{part}" not in left:
+                raise UserError(f"{source} lacks {name}.{part}: it does not belong to this config; calibrate and save again")
+            setattr(quantizer, part, left.pop(f"{name}.{part}").to(model.device))
+    if left:
+        raise UserError(
+            f"{source} has ranges that this config does not use, for example {next(iter(left))}; calibrate and save again"
+        )
 
 
 def set_modes(model: nn.Module, mode: Mode, kind: Kind | None = None) -> None:

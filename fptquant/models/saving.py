@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fptquant.config.loading import dump_config, load_config
 from fptquant.diagnostics import diagnostics
 from fptquant.errors import UserError
 from fptquant.models.adapter import view_model
-from fptquant.models.instrument import iter_quantizers, set_modes
+from fptquant.models.instrument import load_ranges_, range_tensors, set_modes
 from fptquant.models.loading import quiet_weight_bars
 from fptquant.models.prefix import Prefix, model_prefixes, prefix_length
 from fptquant.quantizers.quantizer import Quantizer
@@ -39,17 +39,6 @@ if TYPE_CHECKING:
 
 QUANTIZERS, TRANSFORMS, PREFIX = "quantizers.safetensors", "transforms.safetensors", "prefix.safetensors"
 MERGED, TRANSFORMED, HIDDEN_CONFIG = "merged", "transformed", "model_config.json"
-
-
-def range_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Scale and zero point of every static quantizer of a model, or of a part of one, by quantizer name."""
-    return {
-        f"{name}.{part}": value.detach().cpu().contiguous()
-        for name, quantizer in iter_quantizers(model)
-        if not quantizer.dynamic
-        for part in ("scale", "zero_point")
-        if (value := getattr(quantizer, part)) is not None
-    }
 
 
 def _prefix_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -158,22 +147,6 @@ def _load_prefix_(model: PreTrainedModel, path: Path, length: int) -> None:
         raise UserError(f"{path} has more than this model's prefix, for example {next(iter(tensors))}; calibrate and save again")
 
 
-def _load_ranges_(model: PreTrainedModel, path: Path) -> None:
-    """Fills in every static range; the file must fit the model exactly."""
-    tensors = _load_tensors(path)
-    for name, quantizer in iter_quantizers(model):
-        if quantizer.dynamic:
-            continue
-        for part in ("scale", "zero_point"):
-            if f"{name}.{part}" not in tensors:
-                raise UserError(f"{path} lacks {name}.{part}: it does not belong to this config; calibrate and save again")
-            setattr(quantizer, part, tensors.pop(f"{name}.{part}").to(model.device))
-    if tensors:
-        raise UserError(
-            f"{path} has ranges that this config does not use, for example {next(iter(tensors))}; calibrate and save again"
-        )
-
-
 def _load_weights(weights: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The plain model, in the dtype it was saved in, and tokenizer of a weights folder, whatever its config is called."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -210,7 +183,7 @@ def load_calibrated(folder: str | Path, *, device: str = "cpu") -> tuple[PreTrai
     model.train(False)
     model.requires_grad_(False)
     instrument_for(model, config)
-    _load_ranges_(model, folder / QUANTIZERS)
+    load_ranges_(model, _load_tensors(folder / QUANTIZERS), folder / QUANTIZERS)
     if config.quantization.prefix is not None:
         _load_prefix_(model, folder / PREFIX, len(config.quantization.prefix))
     set_modes(model, "on")

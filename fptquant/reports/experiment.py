@@ -20,7 +20,7 @@ from fptquant.models.loading import load_model
 from fptquant.reports.plots import plot_activations, plot_block_errors, plot_outliers
 from fptquant.reports.processes import resolve_device
 from fptquant.reports.progress import Labeled
-from fptquant.reports.run_folder import check_output, run_folder, write_json
+from fptquant.reports.run_folder import run_folder, write_json
 from fptquant.reports.statistics import (
     ActivationStatistics,
     ResidualTrace,
@@ -110,8 +110,7 @@ def run_experiment(
     first = configs[0]
 
     def check(needed_bytes: int) -> None:
-        check_run(output, config_files(configs), overwrite=overwrite, resume=resume)
-        check_output(output, overwrite=overwrite, needed_bytes=needed_bytes)
+        check_run(output, config_files(configs), overwrite=overwrite, resume=resume, needed_bytes=needed_bytes)
 
     on_main(lambda: check(_REPORT_BYTES))
     device = resolve_device(first.device)

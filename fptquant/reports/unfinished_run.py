@@ -1,15 +1,18 @@
 """Folders of runs that may be killed: what was done stays in ``NAME.partial`` beside the output until the run is finished.
 
-runs/mine.partial/config.yaml             what is run (configs/ where several are compared)
-runs/mine.partial/checkpoint.safetensors  from where it goes on; see `fptquant.training.checkpoint`
-runs/mine.partial/metrics.jsonl           what training has seen so far
-and whatever else was written. In the end, the folder without its checkpoint is renamed to runs/mine.
+runs/mine.partial/config.yaml       what is run (configs/ where several are compared)
+runs/mine.partial/checkpoint*       from where it goes on: of training (`fptquant.training.checkpoint`), a folder where a model
+                                    larger than memory is calibrated (`fptquant.stages.stream`)
+runs/mine.partial/metrics.jsonl     what training has seen so far
+and whatever else was written. In the end, the folder without its checkpoints is renamed to runs/mine.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,18 +22,17 @@ from fptquant.config.differences import differences
 from fptquant.config.loading import dump_config
 from fptquant.config.schema import WITHOUT_INFLUENCE, Config
 from fptquant.errors import UserError
-from fptquant.reports.resumable_folder import alone
 from fptquant.reports.run_folder import RUN_MARKER, check_output, disk_errors, make_parents, remove_empty, replace_folder
 
-CHECKPOINT = "checkpoint.safetensors"
-"""The file that makes a folder worth keeping; a literal, because its own module loads PyTorch."""
-_LASTING = {CHECKPOINT, "metrics.jsonl", "tensorboard", "training"}
-"""What the next part of a run needs; everything else is made again."""
+CHECKPOINT = "checkpoint"
+"""Names that begin so belong to the unfinished run alone; a file of this name, whatever its suffix, makes it worth keeping."""
+_OF_TRAINING = ("metrics.jsonl", "tensorboard", "training")
+"""What the next part of a run that trains needs besides its checkpoints; everything else is made again."""
 _KEPT = "what was written until the last checkpoint is kept"
 _MAY_CHANGE = {"output", *(f"training.{key}" for key in WITHOUT_INFLUENCE)}
 
 Description = Mapping[str, str]
-"""Paths inside a run folder and the configs, as YAML, that say there what is run."""
+"""Paths inside a run folder and the YAML that says there what is run."""
 
 
 def config_files(configs: Sequence[Config]) -> dict[str, str]:
@@ -40,29 +42,40 @@ def config_files(configs: Sequence[Config]) -> dict[str, str]:
     return {f"configs/{config.name}-{config.quantization.label}.yaml": dump_config(config) for config in configs}
 
 
+def stream_description(config: Config) -> dict[str, str]:
+    """The same for a run that streams; not at the place of the finished folder's config, in which a prefix stands as its ids."""
+    return {f"{CHECKPOINT}/config.yaml": dump_config(config)}
+
+
 def partial_folder(path: str | Path) -> Path:
     """Where the run with this output is kept until it is finished."""
     target = Path(path).absolute()
     return target.with_name(f"{target.name}.partial")
 
 
-def check_run(path: str | Path, description: Description, *, overwrite: bool = False, resume: bool = False) -> None:
+def check_run(
+    path: str | Path, description: Description, *, overwrite: bool = False, resume: bool = False, needed_bytes: int = 0
+) -> None:
     """Refuses what cannot be begun or gone on with at this output; creates nothing.
 
     Raises:
-        UserError: as `fptquant.reports.run_folder.check_output`; without ``resume``, if an unfinished run is there that may
-            not be overwritten; with it, if there is none, or it has another config.
+        UserError: as `fptquant.reports.run_folder.check_output`; if another process works on the same run; without ``resume``,
+            if an unfinished run is there that may not be overwritten; with it, if there is none, or it has another description.
     """
     partial = partial_folder(path)
+    if partial.is_dir():
+        with _alone(partial, Path(path)):
+            pass
     if resume:
         if not partial.is_dir():
             if (Path(path) / RUN_MARKER).is_file():
                 raise UserError(f"the run {path} is finished; leave out --resume and give --overwrite to run it again")
-            raise UserError(f"there is no unfinished run {partial} (only runs that train leave one); leave out --resume")
+            raise UserError(f"there is no unfinished run {partial} (only runs that train or stream leave one); leave out --resume")
         _check_description(partial, description)
     elif partial.exists() and not overwrite:
         raise UserError(f"{partial} holds an unfinished run; go on with --resume, or start anew with --overwrite")
-    check_output(path, overwrite=overwrite)
+    written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    check_output(path, overwrite=overwrite, needed_bytes=needed_bytes - written)
 
 
 def _check_description(partial: Path, description: Description) -> None:
@@ -76,36 +89,43 @@ def _check_description(partial: Path, description: Description) -> None:
         other = differences(saved, yaml.safe_load(text), ignored=_MAY_CHANGE)
         if other:
             raise UserError(
-                f"the unfinished run {partial} has another config ({'; '.join(other)}); "
+                f"the unfinished run {partial} has another {Path(name).stem} ({'; '.join(other)}); "
                 "set these as they were, or start anew with --overwrite"
             )
 
 
 @contextmanager
 def lasting_run_folder(
-    path: str | Path, description: Description, *, overwrite: bool = False, resume: bool = False
+    path: str | Path,
+    description: Description,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    lasting: Collection[str] = _OF_TRAINING,
 ) -> Iterator[Path]:
     """A folder ``NAME.partial`` to write a run into; it becomes ``path`` when the block ends.
 
     If the block fails and has written a checkpoint, the folder stays, and the error gets a note that says how to go on; a
     process that is killed leaves it too. Without a checkpoint nothing is worth keeping.
 
+    Args:
+        lasting: what the next part of the run finds again besides the checkpoints; the rest is removed before it begins.
+
     Raises:
-        UserError: as `check_run`, if another process works on the same run, and when the disk fills up.
+        UserError: as `check_run`, and when the disk fills up.
     """
     target, partial = Path(path).absolute(), partial_folder(path)
     check_run(path, description, overwrite=overwrite, resume=resume)
     made = make_parents(target.parent)
-    with disk_errors(target, _KEPT), alone(partial, target):
+    with disk_errors(target, _KEPT):
+        partial.mkdir(exist_ok=True)
+    with disk_errors(target, _KEPT), _alone(partial, target):
         try:
             with disk_errors(target, _KEPT):  # here too, so that the note below is on the error that the user sees
-                _clear(partial, _LASTING if resume else set())
-                for name, text in description.items():
-                    (partial / name).parent.mkdir(exist_ok=True)
-                    (partial / name).write_text(text, encoding="utf-8")
+                _prepare(partial, description, lasting, resume)
                 yield partial
-                for checkpoint in partial.rglob(f"{CHECKPOINT}*"):
-                    checkpoint.unlink()
+                for checkpoint in list(partial.rglob(f"{CHECKPOINT}*")):
+                    _remove(checkpoint)
                 replace_folder(target, partial)
         except BaseException as error:
             if not note_checkpoint(error, partial):
@@ -114,19 +134,44 @@ def lasting_run_folder(
             raise
 
 
+def _prepare(partial: Path, description: Description, lasting: Collection[str], resume: bool) -> None:
+    """Removes what is made again, and writes down what is run, unless it stands there already: a kill must not damage it."""
+    kept = {*lasting, *(Path(name).parts[0] for name in description)} if resume else set()
+    for entry in list(partial.iterdir()):
+        if entry.name not in kept and not (resume and entry.name.startswith(CHECKPOINT)):
+            _remove(entry)
+    if not resume:
+        for name, text in description.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_text(text, encoding="utf-8")
+
+
 def note_checkpoint(error: BaseException, partial: Path) -> bool:
     """Adds to an error how the run in this folder goes on, if it has a checkpoint; returns whether it has."""
-    found = any(partial.rglob(CHECKPOINT))
+    found = any(path.is_file() for path in partial.rglob(f"{CHECKPOINT}.*"))
     if found:
         error.add_note(f"the run until its last checkpoint is kept in {partial}: the same command with --resume goes on")
     return found
 
 
-def _clear(folder: Path, kept: set[str]) -> None:
-    for path in folder.iterdir():
-        if path.name in kept:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+@contextmanager
+def _alone(folder: Path, target: Path) -> Iterator[None]:
+    """Holds a lock on a folder, which ends with the process, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is writing {target}; wait for it, or give another folder with output=FOLDER"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)  # with a checkpoint folder that was removed before it

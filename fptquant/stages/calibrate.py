@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -19,22 +19,23 @@ from fptquant.data.text import Text, load_text
 from fptquant.data.training import TrainingData
 from fptquant.data.windows import check_window, token_windows
 from fptquant.models.adapter import view_model
-from fptquant.models.instrument import check_instrument, instrument
+from fptquant.models.instrument import check_instrument, instrument, load_ranges_, range_tensors, set_modes
 from fptquant.models.loading import check_finite_weights
 from fptquant.models.prefix import compute_prefix_
 from fptquant.reports.progress import Progress
-from fptquant.stages.distributed import on_main
-from fptquant.stages.find_prefix import check_prefix, resolve_prefix
+from fptquant.stages.distributed import is_main, on_main
+from fptquant.stages.find_prefix import check_prefix, resolve_prefix, with_prefix
 from fptquant.stages.fuse_norms import fuse_norms_
 from fptquant.stages.learn_rotation import learn_rotation_
 from fptquant.stages.merge_transforms import merge_blocks_, model_sizes, rotate_residual_
 from fptquant.stages.optimize_local import optimize_local_
+from fptquant.stages.prepared import PREPARED, Prepared, load_prepared, restore_state_, save_prepared
 from fptquant.stages.progress import Progress as ProgressCallback
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
 from fptquant.stages.student import attach_transforms_, untransformed
-from fptquant.stages.train import train_, training_data
+from fptquant.stages.train import fingerprint, train_, training_data
 from fptquant.stages.untie import untie_
-from fptquant.training.fingerprint import weights_digest
+from fptquant.training.fingerprint import tensors_digest, weights_digest
 from fptquant.transforms import ModelSizes, ModelTransforms, TransformOptions, build_transforms, check_transforms
 
 if TYPE_CHECKING:
@@ -141,28 +142,36 @@ def calibration_windows(
 
 
 class _Stages:
-    """Runs stages one after the other and notes how long each took."""
+    """Runs stages one after the other and notes how long each took, on top of the seconds that it begins with."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: Mapping[str, float]) -> None:
+        self.seconds = dict(seconds)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def _transform_(
-    model: PreTrainedModel, config: Config, sizes: ModelSizes, stage: _Stages, progress: ProgressCallback
+    model: PreTrainedModel,
+    config: Config,
+    sizes: ModelSizes,
+    earlier: Prepared | None,
+    stage: _Stages,
+    progress: ProgressCallback,
 ) -> tuple[ModelTransforms, dict[str, Any]]:
     """Untying, norm fusion, T_r, local optimization and merging; returns the transforms and what the stages report.
 
-    T_k, T_v, T_u and T_d are not merged where training follows, which merges them at its end.
+    T_k, T_v, T_u and T_d are not merged where training follows, which merges them at its end. What was found earlier is
+    not found again.
     """
     report: dict[str, Any] = {}
     options = transform_options(config)
     transforms = build_transforms(sizes, options, seed=config.seed).to(model.device)
+    if earlier is not None:
+        restore_state_(transforms, earlier.transforms)
     if config.norm_gains == "fused":
         with stage("fuse norms"):
             untie_(model)
@@ -170,7 +179,7 @@ def _transform_(
     rotation = transforms.residual_rotation
     if rotation is not None and config.transforms.residual_rotation is not None:
         settings = config.transforms.residual_rotation
-        if settings.learn:
+        if settings.learn and earlier is None:
             with stage("learn the residual rotation"):
                 learned = learn_rotation_(
                     model, rotation, p=config.local.p, steps=settings.steps, lr=settings.lr, progress=progress
@@ -178,7 +187,7 @@ def _transform_(
                 report["residual_rotation"] = learned.as_dict()
         with stage("merge the residual rotation"):
             rotate_residual_(model, rotation, progress)
-    if config.local.method != "none":
+    if config.local.method != "none" and earlier is None:
         with stage("local optimization"):
             local = optimize_local_(
                 model,
@@ -252,29 +261,61 @@ def _calibrate_(
     progress: ProgressCallback,
 ) -> CalibrationResult:
     torch.manual_seed(config.seed)
-    start, stage = time.perf_counter(), _Stages()
+    start = time.perf_counter()
     calibrated.train(False)
     calibrated.requires_grad_(False)
     # before anything is merged: merged weights differ in the last bits from machine to machine
     weights = "" if data is None else weights_digest(calibrated.named_parameters())
-    with stage("find the prefix"):
-        config, prefix_report = resolve_prefix(calibrated, tokenizer, config, windows, progress=progress)
-    transforms, report = _transform_(calibrated, config, sizes, stage, progress)
-    report |= prefix_report
-    instrument_for(calibrated, config)
+    file = None if data is None or folder is None else folder / PREPARED
+    belongs_to = {**fingerprint(config, weights), "seed": config.seed, "windows": tensors_digest(windows)}
+    earlier = on_main(lambda: load_prepared(file, belongs_to)) if file is not None and resume else None
+    stage = _Stages({} if earlier is None else earlier.seconds)
+    config, transforms, report = _prepare_(calibrated, tokenizer, config, sizes, windows, earlier, stage, progress)
     if data is not None:
-        attach_transforms_(calibrated, transforms)
-    if isinstance(config.quantization.prefix, list):
-        with untransformed(calibrated):
-            compute_prefix_(calibrated, config.quantization.prefix)
-    with stage("weight ranges"):
-        set_weight_ranges_(calibrated, progress=progress)
-    with stage("activation ranges"):
-        set_activation_ranges_(calibrated, windows, progress=progress)
-    if data is not None:
+        if file is not None and earlier is None and is_main():
+            prefix = cast("list[int] | None", config.quantization.prefix)
+            found = Prepared(transforms.state_dict(), range_tensors(calibrated), prefix, report, stage.seconds)
+            save_prepared(file, found, belongs_to)
         with stage("end-to-end training"):
             report["training"] = train_(
                 calibrated, transforms, config, data, weights=weights, folder=folder, resume=resume, progress=progress
             )
     metrics = {"seconds": time.perf_counter() - start, "stages": stage.seconds, "calibration_tokens": windows.numel(), **report}
     return CalibrationResult(calibrated, tokenizer, config, transforms, metrics)
+
+
+def _prepare_(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    sizes: ModelSizes,
+    windows: Tensor,
+    earlier: Prepared | None,
+    stage: _Stages,
+    progress: ProgressCallback,
+) -> tuple[Config, ModelTransforms, dict[str, Any]]:
+    """All stages before training; what was found earlier is put in place. Returns the config with the prefix as token ids, the
+    transforms, and what the stages report.
+    """
+    prefix_report: dict[str, Any] = {}
+    if earlier is None:
+        with stage("find the prefix"):
+            config, prefix_report = resolve_prefix(model, tokenizer, config, windows, progress=progress)
+    else:
+        config = with_prefix(config, earlier.prefix)
+    transforms, report = _transform_(model, config, sizes, earlier, stage, progress)
+    instrument_for(model, config)
+    if config.training is not None:
+        attach_transforms_(model, transforms)
+    if isinstance(config.quantization.prefix, list):
+        with untransformed(model):
+            compute_prefix_(model, config.quantization.prefix)
+    if earlier is not None:
+        load_ranges_(model, earlier.ranges, PREPARED)
+        set_modes(model, "on")
+        return config, transforms, earlier.report
+    with stage("weight ranges"):
+        set_weight_ranges_(model, progress=progress)
+    with stage("activation ranges"):
+        set_activation_ranges_(model, windows, progress=progress)
+    return config, transforms, report | prefix_report

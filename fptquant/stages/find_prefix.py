@@ -197,5 +197,9 @@ def resolve_prefix(
     elif used:
         ids = _given_ids(tokenizer, prefix)
         report = {"ids": ids, "text": str(tokenizer.decode(ids))}
-    quantization = config.quantization.model_copy(update={"prefix": ids or None})
-    return config.model_copy(update={"quantization": quantization}), {"prefix": report}
+    return with_prefix(config, ids or None), {"prefix": report}
+
+
+def with_prefix(config: Config, ids: list[int] | None) -> Config:
+    """The same config with these token ids for its prefix."""
+    return config.model_copy(update={"quantization": config.quantization.model_copy(update={"prefix": ids})})

@@ -16,27 +16,26 @@ block at most.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fptquant.config.labels import AUTO_PREFIX
-from fptquant.config.loading import dump_config
 from fptquant.config.schema import Config
 from fptquant.data.text import Text
 from fptquant.diagnostics import diagnostics
 from fptquant.errors import UserError
 from fptquant.models.adapter import view_model
-from fptquant.models.instrument import get_context
+from fptquant.models.instrument import get_context, range_tensors
 from fptquant.models.loading import check_finite_weight, load_tokenizer, local_folder
 from fptquant.models.prefix import fill_prefix_, model_prefixes, prefix_off
-from fptquant.models.saving import MERGED, QUANTIZERS, TRANSFORMED, range_tensors, save_description
+from fptquant.models.saving import MERGED, QUANTIZERS, TRANSFORMED, save_description
 from fptquant.models.shards import Checkpoint, ShardWriter, join_shards, read_rows, read_tensor, write_index, write_shard
 from fptquant.models.streaming import (
     PartialDecoder,
@@ -49,7 +48,7 @@ from fptquant.models.streaming import (
 )
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.reports.progress import Progress
-from fptquant.reports.resumable_folder import WORK, resumable_folder
+from fptquant.reports.unfinished_run import CHECKPOINT, check_run, lasting_run_folder, stream_description
 from fptquant.stages.calibrate import CalibrationResult, calibration_windows, check_model, instrument_for, transform_options
 from fptquant.stages.find_prefix import check_prefix, resolve_prefix
 from fptquant.stages.fuse_norms import fuse_block_, scale_columns_
@@ -63,6 +62,8 @@ from fptquant.transforms import build_transforms
 ROWS_AT_ONCE = 2048
 """Rows of the embedding and ``lm_head`` that are in memory at once."""
 
+STATE = f"{CHECKPOINT}.json"
+"""What is finished (`StreamState`)."""
 HIDDEN, SCALE = "hidden", "running_scale"
 """Tensors of the file that carries states from part to part: [windows, window, H] and [windows, window, 1]."""
 
@@ -74,21 +75,24 @@ def calibrate_streamed(
     *,
     text: str | Text | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     device: str | torch.device = "cpu",
     progress: ProgressCallback | None = None,
 ) -> Path:
     """Calibrates the model of a folder block by block, and writes what `CalibrationResult.save` would write.
 
-    A run that was interrupted is continued by the same call: finished blocks lie in a hidden folder beside ``output``.
-    It starts anew if the config, the model's files, the calibration text or a version is another.
+    Finished blocks lie in ``NAME.partial`` beside ``output`` (`fptquant.reports.unfinished_run`), where the run goes on if it
+    was interrupted.
 
     Args:
         model: a folder in the model library's format, a name on the hub, or ``smollm2-135m``.
+        resume: go on with the unfinished run of this output.
         device: where the one block is worked on.
         progress: called as ``progress(done, total, description)``; a progress bar by default.
 
     Raises:
-        UserError: as `fptquant.calibrate`, and for what needs the whole model at once: a learned residual rotation.
+        UserError: as `fptquant.calibrate`, for what needs the whole model at once, such as a learned residual rotation, and
+            on ``resume`` if there is no unfinished run, or its config, model files, calibration text or versions are others.
             NaN or infinity in a weight is found when its block is read.
 
     Example:
@@ -99,8 +103,10 @@ def calibrate_streamed(
     _check_streamable(config)
     folder = local_folder(model)
     stream = _prepare(folder, config, DTYPES[config.dtype], torch.device(device), text)
-    fingerprint, needed = _fingerprint(folder, stream), _needed_bytes(stream)
-    with resumable_folder(output, fingerprint, overwrite=overwrite, needed_bytes=needed) as partial:
+    description = {**stream_description(config), f"{CHECKPOINT}/inputs.yaml": _inputs(folder, stream)}
+    check_run(output, description, overwrite=overwrite, resume=resume, needed_bytes=_needed_bytes(stream))
+    lasting = (MERGED, TRANSFORMED)
+    with lasting_run_folder(output, description, overwrite=overwrite, resume=resume, lasting=lasting) as partial:
         if progress is None:
             with Progress() as bars:
                 _Run(stream, partial).all_parts(bars)
@@ -164,24 +170,23 @@ def _prepare(folder: Path, config: Config, dtype: torch.dtype, device: torch.dev
     return _Stream(config, source, result, windows, dtype, device, tied)
 
 
-def _fingerprint(folder: Path, stream: _Stream) -> str:
-    """What a half-finished run must have in common with this one, for its parts to be of use."""
+def _inputs(folder: Path, stream: _Stream) -> str:
+    """What a half-finished run must have in common with this one besides its config, for its parts to be of use; as YAML."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".model", ".txt"))
     known = {
-        "config": dump_config(stream.config),
-        "files": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
+        "files": {path.name: f"{path.stat().st_size} bytes, modified {path.stat().st_mtime_ns}" for path in files},
         "windows": hashlib.sha256(stream.windows.numpy().tobytes()).hexdigest(),
         "device": stream.device.type,
         "versions": {name: value for name, value in diagnostics().items() if name in ("fptquant", "versions")},
     }
-    return json.dumps(known, indent=2) + "\n"
+    return yaml.safe_dump(known)
 
 
 class _Run:
     """Works on the parts of a model, one after the other, in a folder that may hold some of them already."""
 
     def __init__(self, stream: _Stream, folder: Path) -> None:
-        self.stream, self.config, self.folder, self.work = stream, stream.config, folder, folder / WORK
+        self.stream, self.config, self.folder, self.work = stream, stream.config, folder, folder / CHECKPOINT
         self.view = view_model(stream.result.model)
         self.transforms = stream.result.transforms
         rotation = self.transforms.residual_rotation
@@ -190,7 +195,7 @@ class _Run:
         self.decoder = PartialDecoder(stream.result.model, get_context(stream.result.model))
         self.weights = folder / (MERGED if stream.result.fully_mergeable else TRANSFORMED)
         self.weights.mkdir(exist_ok=True)
-        self.state = StreamState.load(self.work / "state.json")
+        self.state = StreamState.load(self.work / STATE)
         for index in range(min(self.state.next, self.view.num_layers)):
             if self.transforms.block(index).state_dict():
                 self.transforms.block(index).load_state_dict(load_file(self.work / f"transforms-{index}.safetensors"))
@@ -215,7 +220,7 @@ class _Run:
             else:
                 self._head()
             self.state.next = part + 1
-            self.state.save(self.work / "state.json")
+            self.state.save(self.work / STATE)
             (self.work / f"states-{part}.safetensors").unlink(missing_ok=True)
         progress(parts, parts, "calibrating part by part")
         self._complete()

@@ -29,9 +29,9 @@ class StreamState:
 
     def save(self, path: Path) -> None:
         """Replaces the file at once: it tells of the part before, or of this one."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        partial.replace(path)
+        beside = path.with_name(path.name + ".new")
+        beside.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        beside.replace(path)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

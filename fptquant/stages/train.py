@@ -60,6 +60,17 @@ def training_data(
     )
 
 
+def fingerprint(config: Config, weights: str) -> dict[str, Any]:
+    """What a run depends on besides the settings of training, its seed and its texts; plain values.
+
+    Args:
+        weights: a digest of the full-precision model before anything was merged: merging has last bits of its own on every
+            machine, on which a checkpoint does not depend.
+    """
+    settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in _NO_INFLUENCE}
+    return {"config": settings, "weights": weights}
+
+
 def train_(
     model: PreTrainedModel,
     transforms: ModelTransforms,
@@ -76,8 +87,7 @@ def train_(
     The ranges are set and on, the transforms attached (`fptquant.stages.student.attach_transforms_`).
 
     Args:
-        weights: a digest of the full-precision model before anything was merged: merging has last bits of its own on every
-            machine, on which a checkpoint does not depend.
+        weights: as in `fingerprint`.
         folder, resume: as in `fptquant.stages.train_end_to_end.train_end_to_end_`.
 
     Raises:
@@ -90,10 +100,6 @@ def train_(
             "training: nothing is left to train; the config uses no transform and no static range that has a learning rate "
             "(training.lr)"
         )
-    fingerprint = {
-        "config": {key: value for key, value in config.model_dump(mode="json").items() if key not in _NO_INFLUENCE},
-        "weights": weights,
-    }
     with over_processes(student) as forward:
         report = train_end_to_end_(
             student,
@@ -104,7 +110,7 @@ def train_(
             folder=folder,
             resume=resume,
             progress=progress,
-            fingerprint=fingerprint,
+            fingerprint=fingerprint(config, weights),
             forward=forward,
         )
     student.finish_()

@@ -110,7 +110,7 @@ class Randomness:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint beside ``path``, makes sure that it is on the disk, and renames it."""
+    """Writes a checkpoint; one that was there before is replaced at once."""
     kinds = {
         "parameters": checkpoint.parameters,
         "optimizer": checkpoint.optimizer,
@@ -128,18 +128,23 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "belongs_to": checkpoint.belongs_to,
         "machine": checkpoint.machine,
     }
+    replace_file(path, save(tensors, metadata={"fptquant": json.dumps(rest)}))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file beside ``path``, makes sure that it is on the disk, and renames it."""
     beside = path.with_name(path.name + ".new")
-    write_through(beside, save(tensors, metadata={"fptquant": json.dumps(rest)}))
+    write_through(beside, content)
     beside.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name, too
     finally:
         os.close(folder)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def write_through(path: Path, content: bytes) -> None:
@@ -169,15 +174,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
     position.curve = [(int(step), float(divergence)) for step, divergence in position.curve]
     return Checkpoint(
         position,
-        _of_kind("parameters", tensors),
-        _of_kind("optimizer", tensors),
-        _of_kind("gradients", tensors),
-        _of_kind("best", tensors),
-        Randomness(_of_kind("random", tensors), rest["python"], rest["numpy"]),
+        of_kind("parameters", tensors),
+        of_kind("optimizer", tensors),
+        of_kind("gradients", tensors),
+        of_kind("best", tensors),
+        Randomness(of_kind("random", tensors), rest["python"], rest["numpy"]),
         rest["belongs_to"],
         rest["machine"],
     )
 
 
-def _of_kind(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def of_kind(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that are called ``kind/name``, by name."""
     return {name.removeprefix(f"{kind}/"): value for name, value in tensors.items() if name.startswith(f"{kind}/")}

@@ -11,8 +11,8 @@ import pytest
 from fptquant.config.loading import load_config
 from fptquant.errors import UserError
 from fptquant.reports.run_folder import RUN_MARKER
-from fptquant.reports.unfinished_run import CHECKPOINT, check_run, config_files, lasting_run_folder, partial_folder
-from fptquant.training import checkpoint
+from fptquant.reports.unfinished_run import check_run, config_files, lasting_run_folder, partial_folder
+from fptquant.training.checkpoint import CHECKPOINT
 
 CONFIG = {"config.yaml": "name: mine\ntraining: {steps: 4, checkpoint_seconds: 60}\noutput: runs/a\n"}
 
@@ -39,10 +39,6 @@ def interrupt(target: Path, *, resume: bool = False, overwrite: bool = False, ch
         return interruption
 
 
-def test_the_name_of_the_checkpoint_is_that_of_training() -> None:
-    assert CHECKPOINT == checkpoint.CHECKPOINT
-
-
 def test_an_interrupted_run_stays_and_goes_on(tmp_path: Path) -> None:
     target = tmp_path / "runs" / "mine"
     error = interrupt(target)
@@ -54,6 +50,26 @@ def test_an_interrupted_run_stays_and_goes_on(tmp_path: Path) -> None:
     assert finish(target, resume=True) == [CHECKPOINT, "config.yaml", "metrics.jsonl"]
     assert [path.name for path in target.parent.iterdir()] == ["mine"]
     assert sorted(path.name for path in target.iterdir()) == ["config.yaml", RUN_MARKER, "metrics.jsonl"]
+
+
+def test_a_folder_of_checkpoints_stays_and_goes_on(tmp_path: Path) -> None:
+    target, description = tmp_path / "mine", {"checkpoint/config.yaml": "name: mine\n"}
+
+    def interrupted() -> None:
+        with lasting_run_folder(target, description, lasting=["model"]) as folder:
+            (folder / "model").mkdir()
+            (folder / "tokenizer.json").touch()
+            (folder / "checkpoint" / "checkpoint.json").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        interrupted()
+    assert "with --resume goes on" in caught.value.__notes__[0]
+    with pytest.raises(UserError, match=r"has another config \(name: mine, now other\)"):
+        check_run(target, {"checkpoint/config.yaml": "name: other\n"}, resume=True)
+    with lasting_run_folder(target, description, lasting=["model"], resume=True) as folder:
+        assert sorted(path.name for path in folder.rglob("*")) == ["checkpoint", "checkpoint.json", "config.yaml", "model"]
+    assert [path.name for path in target.iterdir()] == ["model"]
 
 
 def test_without_a_checkpoint_nothing_stays(tmp_path: Path) -> None:

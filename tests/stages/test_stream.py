@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -152,17 +153,17 @@ def test_an_interrupted_run_goes_on_after_its_last_block(tmp_path: Path) -> None
         if done in (2, 4) and begun.count(done) == 1:
             raise KeyboardInterrupt
 
-    for _ in range(2):
+    for again in (False, True):
         with pytest.raises(KeyboardInterrupt):
-            calibrate_streamed(source, chosen, tmp_path / "out", progress=interrupt)
+            calibrate_streamed(source, chosen, tmp_path / "out", resume=again, progress=interrupt)
         assert not (tmp_path / "out").exists()
-    calibrate_streamed(source, chosen, tmp_path / "out", progress=interrupt)
+    calibrate_streamed(source, chosen, tmp_path / "out", resume=True, progress=interrupt)
     assert begun == [0, 1, 2, 2, 3, 4, 4, 5]
     assert_equal_folders(expected, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "model", "out"]
 
 
-def test_another_config_starts_anew(tmp_path: Path) -> None:
+def test_another_run_is_neither_gone_on_with_nor_lost(tmp_path: Path) -> None:
     source, begun = save_model(tmp_path / "model"), []
 
     def interrupt(done: int, total: int, description: str) -> None:
@@ -172,7 +173,15 @@ def test_another_config_starts_anew(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         calibrate_streamed(source, config("seed=1"), tmp_path / "out", progress=interrupt)
-    calibrate_streamed(source, config(), tmp_path / "out", progress=interrupt)
+    with pytest.raises(fq.UserError, match="holds an unfinished run; go on with --resume, or start anew with --overwrite"):
+        calibrate_streamed(source, config(), tmp_path / "out", progress=interrupt)
+    with pytest.raises(fq.UserError, match=r"has another config \(seed: 1, now 0\)"):
+        calibrate_streamed(source, config(), tmp_path / "out", resume=True, progress=interrupt)
+    weights = source / "model.safetensors"
+    os.utime(weights, (1, 1))
+    with pytest.raises(fq.UserError, match=r"has another inputs \(files.model.safetensors: .*, now .* 1000000000\)"):
+        calibrate_streamed(source, config("seed=1"), tmp_path / "out", resume=True, progress=interrupt)
+    calibrate_streamed(source, config(), tmp_path / "out", overwrite=True, progress=interrupt)
     assert begun == [0, 1, 2, 0, 1, 2, 3, 4]
     assert_equal_folders(calibrate_streamed(source, config(), tmp_path / "expected", progress=quiet), tmp_path / "out")
 
@@ -188,13 +197,16 @@ config = fq.load_config("fptquant-local", *overrides)
 def note(done, total, description):
     with open(log, "a") as file:
         print(done, file=file)
+def work(out):
+    begun = os.path.exists(out + ".partial/checkpoint/checkpoint.json")
+    calibrate_streamed(source, config, out, overwrite=True, resume=begun, progress=note)
 begin = time.perf_counter()
 calibrate_streamed(source, config, out + "-expected", progress=lambda *_: None)
 seconds, rng, killed = time.perf_counter() - begin, random.Random(0), 0
 while killed < 6:
     child = os.fork()
     if child == 0:
-        calibrate_streamed(source, config, out, overwrite=True, progress=note)
+        work(out)
         os._exit(0)
     time.sleep(seconds * rng.uniform(0.1, 0.7))
     os.kill(child, signal.SIGKILL)
@@ -203,7 +215,7 @@ while killed < 6:
     note("killed" if os.WIFSIGNALED(status) else "whole", 0, "")
     if not os.WIFSIGNALED(status):
         break
-calibrate_streamed(source, config, out, overwrite=True, progress=note)
+work(out)
 """
 
 

@@ -1,0 +1,88 @@
+"""What is known when training begins, kept beside its checkpoint: a run that goes on does not find it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fptquant.config.differences import differences
+from fptquant.errors import UserError
+from fptquant.training.checkpoint import of_kind, replace_file
+
+PREPARED = "checkpoint-prepared.safetensors"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The result of all stages before training."""
+
+    transforms: dict[str, Tensor]
+    """State of `fptquant.transforms.ModelTransforms`."""
+    ranges: dict[str, Tensor]
+    """As `fptquant.models.saving.range_tensors`."""
+    prefix: list[int] | None
+    """Token ids of the prefix."""
+    report: dict[str, Any]
+    """What the stages report."""
+    seconds: dict[str, float]
+    """How long each stage took."""
+
+
+def save_prepared(path: Path, prepared: Prepared, belongs_to: Mapping[str, Any]) -> None:
+    """Writes the file beside ``path`` and renames it.
+
+    Args:
+        belongs_to: what decides the result, as plain values.
+    """
+    kinds = {"transforms": prepared.transforms, "ranges": prepared.ranges}
+    tensors = {f"{kind}/{name}": value.detach().cpu().clone() for kind, named in kinds.items() for name, value in named.items()}
+    rest = {
+        "prefix": prepared.prefix,
+        "report": prepared.report,
+        "seconds": prepared.seconds,
+        "belongs_to": dict(belongs_to),
+    }
+    replace_file(path, save(tensors, metadata={"fptquant": json.dumps(rest)}))
+
+
+def load_prepared(path: Path, belongs_to: Mapping[str, Any]) -> Prepared | None:
+    """Reads the file, if there is one.
+
+    Raises:
+        UserError: if it is damaged or belongs to another run.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            rest: dict[str, Any] = json.loads((file.metadata() or {})["fptquant"])
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  not a mapping
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); start the run anew with --overwrite") from error
+    other = differences(rest.pop("belongs_to"), json.loads(json.dumps(dict(belongs_to))))
+    if other:
+        raise UserError(
+            f"{path} belongs to another run ({'; '.join(other)}); set these as they were, or start anew with --overwrite"
+        )
+    return Prepared(of_kind("transforms", tensors), of_kind("ranges", tensors), rest["prefix"], rest["report"], rest["seconds"])
+
+
+@torch.no_grad()
+def restore_state_(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Parameters and buffers of a module and its parts, whose buffers may have had other shapes (a learned T_r)."""
+    for name, value in state.items():
+        where, _, attribute = name.rpartition(".")
+        owner = module.get_submodule(where)
+        current = getattr(owner, attribute)
+        if isinstance(current, nn.Parameter):
+            current.copy_(value)
+        else:
+            setattr(owner, attribute, value.to(current.device))
