@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fptquant import ops
 from fptquant.data.text import Text, load_text
 from fptquant.data.windows import check_window, token_windows
 from fptquant.errors import UserError
 from fptquant.evaluation.hidden import check_finite, last_hidden_states, logit_chunks, output_head
-from fptquant.evaluation.metrics import jensen_shannon_divergence, negative_log_likelihood, relative_error
+from fptquant.evaluation.metrics import relative_error
 from fptquant.evaluation.teacher import ProgressCallback, TeacherCache
 from fptquant.models.prefix import prefix_length
 from fptquant.stages.distributed import gathered, own
@@ -183,13 +184,14 @@ def _score_window(
     targets = window[1:].to(hidden.device)
     teacher = None if reference is None else reference.hidden[index, :-1]
     for where, logits in logit_chunks(head, vocabulary, hidden[:-1]):
-        check_finite(model, window, logits, where.start, index)
-        sums.nll += float(negative_log_likelihood(logits, targets[where]).sum())
+        nll = ops.cross_entropy(logits, targets[where])
+        check_finite(model, window, nll, where.start, index)
+        sums.nll += float(nll.sum(dtype=torch.float64))
         sums.tokens += len(logits)
         if reference is None or teacher is None:
             continue
         expected = reference.head(teacher[where]).to(logits)  # the reference may be on another device
-        sums.jsd += float(jensen_shannon_divergence(logits, expected).sum())
+        sums.jsd += float(ops.divergence(logits, expected, kind="jsd").sum(dtype=torch.float64))
         sums.agreed += int((logits.argmax(-1) == expected.argmax(-1)).sum())
 
 

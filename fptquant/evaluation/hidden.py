@@ -17,11 +17,11 @@ from fptquant.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_CHUNK_BYTES = 64 * 2**20
+_CHUNK_BYTES = 128 * 2**20
 """Temporary memory for logits, all copies together."""
 
-_COPIES = 6
-"""Tensors of the size of the logits that live at once in the costliest metric."""
+_COPIES = 2
+"""Tensors of the size of the logits that live at once: the model's and its reference's."""
 
 
 @torch.inference_mode()
@@ -57,7 +57,7 @@ def chunk_length(vocabulary: int) -> int:
     """Tokens whose logits may be held at once.
 
     >>> chunk_length(49_152)
-    56
+    341
     """
     return max(1, _CHUNK_BYTES // (_COPIES * 4 * vocabulary))
 
@@ -76,20 +76,22 @@ def logit_chunks(head: nn.Module, vocabulary: int, hidden: Tensor) -> Iterator[t
         yield where, logits if logits.dtype == torch.float64 else logits.float()
 
 
-def check_finite(model: PreTrainedModel, tokens: Tensor, logits: Tensor, first_position: int, window: int) -> None:
-    """Refuses logits that are not finite.
+def check_finite(model: PreTrainedModel, tokens: Tensor, nll: Tensor, first_position: int, window: int) -> None:
+    """Refuses what logits that are not finite lead to.
+
+    Shape:
+        tokens: [T], int64; nll: [chunk], the negative log-likelihood of some of them
 
     Raises:
         UserError: names the window, the position and the first module whose output was not finite.
     """
-    if bool(torch.isfinite(logits).all()):
+    if bool(nll.isfinite().all()):
         return
-    row = int((~torch.isfinite(logits)).any(dim=-1).nonzero()[0])
-    kind = "NaN" if bool(torch.isnan(logits[row]).any()) else "infinite"
+    row = int((~nll.isfinite()).nonzero()[0])
     source = first_nonfinite_module(model, tokens)
     where = f"; the first module with such an output is {source}" if source else ""
     raise UserError(
-        f"the logits are {kind} in window {window}, position {first_position + row}{where}. "
+        f"the logits are not finite in window {window}, position {first_position + row}{where}. "
         "Check the weights, or use a wider dtype (dtype=float32)"
     )
 

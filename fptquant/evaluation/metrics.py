@@ -4,44 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from fptquant.errors import UserError
-
-
-def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """``log sum_j exp(z_j) - z_target`` for every token, in fp64.
-
-    Shape:
-        logits: [T, vocabulary]; targets: [T], int64
-        result: [T], float64
-    """
-    chosen = logits.gather(-1, targets[:, None])[:, 0]
-    return logits.logsumexp(-1).double() - chosen.double()
-
-
-def jensen_shannon_divergence(logits: Tensor, reference: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of two next-token distributions, in nats.
-
-    ``JSD(p, q) = KL(p || m) / 2 + KL(q || m) / 2`` with ``m = (p + q) / 2``; 0 for equal distributions, at most log 2.
-
-    Shape:
-        logits, reference: [T, vocabulary]
-        result: [T], float64
-
-    Source: J. Lin, "Divergence measures based on the Shannon entropy", 1991.
-
-    >>> a = torch.tensor([[0.0, -1e9]]); b = torch.tensor([[-1e9, 0.0]])
-    >>> round(jensen_shannon_divergence(a, b).item() / math.log(2), 6)
-    1.0
-    """
-    log_p, log_q = logits.log_softmax(-1), reference.log_softmax(-1)
-    log_m = torch.logaddexp(log_p, log_q).sub_(math.log(2))
-    # p (log p - log m) is 0 where p underflows to 0: log p stays finite there, so no NaN arises.
-    divergence = (log_p - log_m).mul_(log_p.exp()).sum(-1, dtype=torch.float64)
-    divergence += (log_q - log_m).mul_(log_q.exp()).sum(-1, dtype=torch.float64)
-    return divergence.mul_(0.5).clamp_(min=0)
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
