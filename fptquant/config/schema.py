@@ -316,6 +316,9 @@ class TrainingConfig(StrictModel):
     micro_batch: int | None = Field(default=None, ge=1, description="most windows at once in a process; null: all of its share")
     window: int = Field(default=512, ge=2)
     text: str = Field(default="auto", min_length=1)
+    distinct_windows: int | None = Field(
+        default=None, ge=1, description="different windows at most, which then repeat; null: as many as the text has for the steps"
+    )
     held_out_windows: int = Field(default=4, ge=1, description="windows of the same text that decide which state is best")
     evaluate_every: int = Field(default=16, ge=1, description="steps between two looks at the held-out windows")
     lr: LearningRates = LearningRates()

@@ -71,6 +71,7 @@ def training_windows(
     window: int,
     held_out: int,
     seed: int,
+    distinct: int | None = None,
     model: PreTrainedModel | None = None,
     excluded: Sequence[Text] = (),
     cache_folder: Path | None = None,
@@ -89,6 +90,7 @@ def training_windows(
     Args:
         source: a name of ``TEXT_SOURCES``, a path, or a text; ``auto`` is dclm-edu where the hub answers, otherwise topics.
         windows: training windows of the whole run (steps x batch).
+        distinct: how many of them may differ; with None, as many as the source has.
         model: the full-precision model as it was loaded, for ``source="model"``.
         excluded: texts that the result is evaluated on.
         cache_folder: where sampled text is kept; `fptquant.models.smollm2.cache_folder` by default.
@@ -97,21 +99,23 @@ def training_windows(
         UserError: if the source is unknown or cannot be read, if it gives fewer than ``held_out + 1`` windows, or if all its
             windows share passages with the excluded texts.
     """
-    if min(windows, window - 1) < 1 or held_out < 0:
+    wanted = windows if distinct is None else min(windows, distinct)
+    if min(wanted, window - 1) < 1 or held_out < 0:
         raise UserError(f"{windows} windows of {window} tokens and {held_out} held out cannot be trained on; ask for more")
     cutter = _Cutter(tokenizer, window, Passages(excluded), progress)
     if source == "model":
         if model is None:
             raise UserError('text sampled from the model (source "model") needs the model: give it as model=...')
         sampled = sample_windows(
-            model, tokenizer, windows=held_out + windows, window=window, seed=seed, cache_folder=cache_folder, progress=progress
+            model, tokenizer, windows=held_out + wanted, window=window, seed=seed, cache_folder=cache_folder, progress=progress
         )
         pool = _from_windows(cutter, sampled, held_out)
     else:
-        pool = _documents_or_text(cutter, source, windows, held_out, seed)
+        pool = _documents_or_text(cutter, source, wanted, held_out, seed)
     generator = torch.Generator().manual_seed(seed)
-    count = len(pool.train)
-    epochs = [torch.randperm(count, generator=generator) for _ in range(-(-windows // count))]
+    chosen = torch.randperm(len(pool.train), generator=generator)[:distinct]
+    count = len(chosen)
+    epochs = [chosen, *(chosen[torch.randperm(count, generator=generator)] for _ in range((windows - 1) // count))]
     train = torch.from_numpy(pool.train)[torch.cat(epochs)[:windows]].long()
     held = torch.from_numpy(pool.held_out).long()
     return TrainingData(train, held, pool.name, tensors_digest(train, held), windows / count, pool.dropped)

@@ -54,6 +54,7 @@ def training_data(
         window=training.window,
         held_out=training.held_out_windows,
         seed=config.seed,
+        distinct=training.distinct_windows,
         model=model,
         excluded=[load_text(config.evaluation.text, "evaluation")],
         progress=progress,

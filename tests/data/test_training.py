@@ -88,6 +88,17 @@ def test_a_short_text_repeats_in_new_orders() -> None:
     assert passes[0] != passes[1]
 
 
+def test_distinct_windows_repeat_though_the_text_has_more() -> None:
+    text = Text("prose", prose(3000, 1))
+    data, all_of_them = cut(text, windows=20, distinct=6), cut(text, windows=20)
+    passes = [texts(data.train)[begin : begin + 6] for begin in (0, 6, 12)]
+    assert passes[0] == texts(all_of_them.train)[:6]
+    assert set(passes[0]) == set(passes[1]) == set(passes[2])
+    assert passes[0] != passes[1] != passes[2]
+    assert data.epochs == pytest.approx(20 / 6)
+    assert torch.equal(cut(text, windows=20, distinct=2000).train, all_of_them.train)
+
+
 def test_documents_are_joined_by_blank_lines_and_held_out_whole(tmp_path: Path) -> None:
     documents = write_documents(tmp_path / "pages.jsonl", 60)
     data = cut(str(tmp_path / "pages.jsonl"), windows=40)
