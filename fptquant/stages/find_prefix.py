@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,24 @@ class FoundPrefix:
         return asdict(self)
 
 
+class MassiveTokens(Protocol):
+    """`massive_tokens`, or another way to the same result."""
+
+    def __call__(self, model: PreTrainedModel, windows: Tensor, prefix: Sequence[int] = ()) -> Tensor: ...
+
+
+def is_massive(residual: Tensor) -> Tensor:
+    """Which tokens of one window have a massive activation after some block.
+
+    Shape:
+        residual: [T, H]
+        result: [T], bool
+    """
+    magnitude = residual.abs().float()
+    largest = magnitude.amax(-1)
+    return (largest > MASSIVE) & (largest >= MASSIVE_RATIO * magnitude.median())
+
+
 @torch.inference_mode()
 def massive_tokens(model: PreTrainedModel, windows: Tensor, prefix: Sequence[int] = ()) -> Tensor:
     """Which tokens of the windows have a massive activation after some block, where a prefix stands before each window.
@@ -67,9 +85,8 @@ def massive_tokens(model: PreTrainedModel, windows: Tensor, prefix: Sequence[int
     row = 0
 
     def look(module: nn.Module, args: Any, output: Any) -> None:
-        residual = (output[0] if isinstance(output, tuple) else output)[0, len(prefix) :].abs().float()
-        largest = residual.amax(-1)
-        found[row] |= ((largest > MASSIVE) & (largest >= MASSIVE_RATIO * residual.median())).to(found.device)
+        residual = (output[0] if isinstance(output, tuple) else output)[0, len(prefix) :]
+        found[row] |= is_massive(residual).to(found.device)
 
     before = torch.tensor(list(prefix), dtype=torch.int64)
     handles = [layer.register_forward_hook(look) for layer in view.layers]
@@ -100,6 +117,7 @@ def find_prefix(
     windows: Tensor,
     *,
     longest: int = LONGEST,
+    look: MassiveTokens = massive_tokens,
     progress: Progress = quiet,
 ) -> FoundPrefix:
     """The shortest prefix after which no token of the windows is massive; if there is none, the one that leaves fewest.
@@ -109,12 +127,13 @@ def find_prefix(
     Args:
         model: the plain full-precision model.
         longest: tokens of the longest prefix that is tried.
+        look: runs the model; the other way is that of a model that is read block by block.
 
     Shape:
         windows: [windows, window], int64; the first 8 are read
     """
     windows = windows[:WINDOWS]
-    where = massive_tokens(model, windows)
+    where = look(model, windows)
     before = fewest = int(where.sum())
     candidates = prefix_candidates(tokenizer, windows[where]) if fewest else []
     best: list[int] = []
@@ -123,7 +142,7 @@ def find_prefix(
     while fewest and len(grown) < longest:
         left: dict[int, int] = {}
         for token in candidates:
-            left[token] = int(massive_tokens(model, windows, [*grown, token]).sum())
+            left[token] = int(look(model, windows, [*grown, token]).sum())
             tried += 1
             progress(tried, longest * len(candidates), "search for a prefix")
             if left[token] == 0:
@@ -174,7 +193,13 @@ def check_prefix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, con
 
 
 def resolve_prefix(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, windows: Tensor, *, progress: Progress = quiet
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    windows: Tensor,
+    *,
+    look: MassiveTokens = massive_tokens,
+    progress: Progress = quiet,
 ) -> tuple[Config, dict[str, Any]]:
     """The config with its prefix as token ids, and what was found.
 
@@ -182,6 +207,7 @@ def resolve_prefix(
 
     Args:
         model: the plain full-precision model.
+        look: as in `find_prefix`.
 
     Shape:
         windows: calibration windows [windows, window], int64
@@ -192,7 +218,7 @@ def resolve_prefix(
     ids: list[int] = []
     report: dict[str, Any] = {"ids": ids, "text": ""}
     if used and prefix == AUTO_PREFIX:
-        found = find_prefix(model, tokenizer, windows, longest=_longest(model), progress=progress)
+        found = find_prefix(model, tokenizer, windows, longest=_longest(model), look=look, progress=progress)
         ids, report = found.ids, found.as_dict()
     elif used:
         ids = _given_ids(tokenizer, prefix)

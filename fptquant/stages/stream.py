@@ -16,8 +16,10 @@ block at most.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +28,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from fptquant.config.labels import AUTO_PREFIX
 from fptquant.config.schema import Config
 from fptquant.data.text import Text
 from fptquant.diagnostics import diagnostics
@@ -50,12 +51,13 @@ from fptquant.quantizers.quantizer import Quantizer
 from fptquant.reports.progress import Progress
 from fptquant.reports.unfinished_run import CHECKPOINT, check_run, lasting_run_folder, stream_description
 from fptquant.stages.calibrate import CalibrationResult, calibration_windows, check_model, instrument_for, transform_options
-from fptquant.stages.find_prefix import check_prefix, resolve_prefix
+from fptquant.stages.find_prefix import check_prefix, resolve_prefix, with_prefix
 from fptquant.stages.fuse_norms import fuse_block_, scale_columns_
 from fptquant.stages.merge_transforms import merge_block_, model_sizes
 from fptquant.stages.optimize_local import LocalOptions, LocalReport, TermReport, optimize_blocks_
 from fptquant.stages.progress import Progress as ProgressCallback
 from fptquant.stages.set_ranges import observe_windows_, set_weight_ranges_
+from fptquant.stages.stream_prefix import StreamedLook
 from fptquant.stages.stream_state import StreamState
 from fptquant.transforms import build_transforms
 
@@ -106,12 +108,11 @@ def calibrate_streamed(
     description = {**stream_description(config), f"{CHECKPOINT}/inputs.yaml": _inputs(folder, stream)}
     check_run(output, description, overwrite=overwrite, resume=resume, needed_bytes=_needed_bytes(stream))
     lasting = (MERGED, TRANSFORMED)
-    with lasting_run_folder(output, description, overwrite=overwrite, resume=resume, lasting=lasting) as partial:
-        if progress is None:
-            with Progress() as bars:
-                _Run(stream, partial).all_parts(bars)
-        else:
-            _Run(stream, partial).all_parts(progress)
+    with (
+        lasting_run_folder(output, description, overwrite=overwrite, resume=resume, lasting=lasting) as partial,
+        nullcontext(progress) if progress is not None else Progress() as bars,
+    ):
+        _Run(_with_quantizers(stream, partial, bars), partial).all_parts(bars)
     return Path(output)
 
 
@@ -121,11 +122,6 @@ def _check_streamable(config: Config) -> None:
         raise UserError(
             "transforms.residual_rotation.learn = true looks at all weights in every step, which streaming never holds at once; "
             "set transforms.residual_rotation.learn=false, or calibrate in memory"
-        )
-    if config.quantization.prefix == AUTO_PREFIX and config.quantization.quantized_sites:
-        raise UserError(
-            "quantization.prefix = auto tries prefixes on the whole model, which streaming never holds; give the prefix itself "
-            "(a text or token ids), set quantization.prefix=null, or calibrate in memory"
         )
     if config.training is not None:
         raise UserError("training needs the whole model in memory; set training=null, or run without streaming")
@@ -162,12 +158,26 @@ def _prepare(folder: Path, config: Config, dtype: torch.dtype, device: torch.dev
     tied = check_checkpoint(view, source)
     windows = calibration_windows(model, tokenizer, config, text)
     check_prefix(model, tokenizer, config, *windows.shape[1:])
-    config, report = resolve_prefix(model, tokenizer, config, windows)
-    result = CalibrationResult(model, tokenizer, config, transforms, report)
+    result = CalibrationResult(model, tokenizer, config, transforms)
+    return _Stream(config, source, result, windows, dtype, device, tied)
+
+
+def _with_quantizers(stream: _Stream, folder: Path, progress: ProgressCallback) -> _Stream:
+    """The same with the prefix as token ids, which the folder may know already, and with quantizers in its model."""
+    model, config, known = stream.result.model, stream.config, folder / CHECKPOINT / "prefix.json"
+    if known.is_file():
+        found = json.loads(known.read_text(encoding="utf-8"))
+        config, report = with_prefix(config, found["ids"]), found["report"]
+    else:
+        look = StreamedLook(stream.source, stream.dtype, stream.device)
+        config, report = resolve_prefix(model, stream.result.tokenizer, config, stream.windows, look=look, progress=progress)
+        beside = known.with_name(f"{known.name}.new")
+        beside.write_text(json.dumps({"ids": config.quantization.prefix, "report": report}), encoding="utf-8")
+        beside.replace(known)
     instrument_for(model, config)
     if config.norm_gains == "fused":
         model.config.tie_word_embeddings = False
-    return _Stream(config, source, result, windows, dtype, device, tied)
+    return replace(stream, config=config, result=replace(stream.result, config=config, metrics=report))
 
 
 def _inputs(folder: Path, stream: _Stream) -> str:

@@ -19,6 +19,7 @@ import fptquant as fq
 from fptquant.cli import app
 from fptquant.config.schema import Config
 from fptquant.models.instrument import iter_quantizers
+from fptquant.stages import find_prefix
 from fptquant.stages.stream import calibrate_streamed
 from tests.models.tiny import ARCHITECTURES, SLIDING, tiny_model, token_ids
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
@@ -98,6 +99,16 @@ def test_streamed_calibration_gives_the_same_bits(architecture: str, setting: st
         architecture=architecture,
     )
     compare(tmp_path, source, chosen)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_search_for_a_prefix_finds_the_same(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(find_prefix, "MASSIVE", 1.0)
+    monkeypatch.setattr(find_prefix, "MASSIVE_RATIO", 5.0)
+    compare(tmp_path, save_model(tmp_path / "model"), config("quantization.prefix=auto", f"dtype={dtype}"))
+    reports = [json.loads((tmp_path / name / "metrics.json").read_text())["prefix"] for name in ("expected", "found")]
+    assert reports[0] == reports[1]
+    assert reports[0]["ids"]
 
 
 PLAIN = ("transforms.down_hadamard=false", "transforms.residual_scaling=false")
@@ -300,7 +311,6 @@ def run_python(program: str, *arguments: object) -> str:
     ("overrides", "message"),
     [
         (["transforms.residual_rotation.learn=true"], "looks at all weights"),
-        (["quantization.prefix=auto"], "tries prefixes on the whole model"),
         (["training={}"], "needs the whole model in memory"),
         (["transforms.down_hadamard.block_size=7"], "7"),
         (["calibration.window=4096"], "4,096"),
