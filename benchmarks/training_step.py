@@ -76,7 +76,7 @@ ROWS = {
 def build_student(layers: int | None, tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Student, Tensor]:
     """SmolLM2-135M in w4a8kv8-static with fptquant-local's transforms, a little off their starts; and one window of text."""
     model, tokenizer = load_model("smollm2-135m")
-    config = load_config("fptquant-local", "quantization=w4a8kv8-static", *QUICK)
+    config = load_config("fptquant-local", "quantization=w4a8kv8-static", "quantization.prefix=null", *QUICK)
     if layers is not None:
         view_model(model).decoder.layers = view_model(model).layers[:layers]
         model.config.num_hidden_layers = layers
@@ -280,6 +280,7 @@ def main() -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     console = Console(width=120)
+    student_module.REMEMBERED_BYTES = 0  # every step reads the same window, as training does not
     student, window = build_student(arguments.layers, arguments.tokens)
     arms = arms_of(student, window, list(dict.fromkeys(["plain", "fptquant", *arguments.arms])))
     check_agreement(student, arms, console)

@@ -24,12 +24,18 @@ from fptquant.models.prefix import model_prefixes, prefix_off
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.quantizers.sites import kind_of
+from fptquant.stages.distributed import world_size
 from fptquant.stages.merge_transforms import BLOCK_SIDES, OUTPUT_SIDES, merge_blocks_, rotate_residual_
+from fptquant.training.fingerprint import tensors_digest
 from fptquant.transforms import BlockTransforms, ModelTransforms, ResidualRotation, Transform, ValueMixing
 from fptquant.transforms.value_mixing import hold_mixings, release_mixings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+REMEMBERED_BYTES = 2**29
+"""What the teacher's hidden states may take that are kept for windows which come again: held-out ones, and in later epochs all."""
 
 
 class TrainedRange(nn.Module):
@@ -91,6 +97,7 @@ class Student(nn.Module):
         self.trained = nn.ModuleDict()
         self.ranges = nn.ModuleDict()
         self._groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        self._remembered: dict[str, Tensor] = {}
         self._mixings = [m for m in transforms.modules() if isinstance(m, ValueMixing)]
         self._quantizers = [quantizer for _, quantizer in iter_quantizers(model)]
         self._collect_transforms()
@@ -202,8 +209,18 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def _teacher_hidden(self, tokens: Tensor) -> Tensor:
-        with self._as_teacher():
-            return self._hidden(tokens)
+        # Several processes pass through sharded layers together: one must not leave out a pass that another makes.
+        if REMEMBERED_BYTES == 0 or world_size() > 1:
+            with self._as_teacher():
+                return self._hidden(tokens)
+        key = tensors_digest(tokens)
+        hidden = self._remembered.get(key)
+        if hidden is None:
+            with self._as_teacher():
+                hidden = self._hidden(tokens)
+            if hidden.nbytes + sum(known.nbytes for known in self._remembered.values()) <= REMEMBERED_BYTES:
+                self._remembered[key] = hidden
+        return hidden
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Mean loss per predicted token, with gradients for everything trained.
@@ -264,6 +281,7 @@ class Student(nn.Module):
         if self.settings.activation_checkpointing:
             self._checkpoint_activations(False)
         release_mixings(self._mixings)
+        self._remembered.clear()
         for trained in self.ranges.children():
             assert isinstance(trained, TrainedRange)
             trained.finish_()

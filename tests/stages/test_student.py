@@ -83,6 +83,26 @@ def test_transforms_merged_in_every_pass_keep_the_function(architecture: str, dt
     assert (teacher - expected).abs().max() < bound * size
 
 
+def test_the_teacher_reads_a_window_once_and_its_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, ids = make(), token_ids(3, 24)
+    passes: list[int] = []
+    student.view.decoder.register_forward_hook(lambda *_: passes.append(1))
+    first = [student._teacher_hidden(window[None]) for window in ids]
+    again = [student._teacher_hidden(window[None]) for window in ids]
+    assert len(passes) == 3
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    monkeypatch.setattr("fptquant.stages.student.REMEMBERED_BYTES", 0)
+    assert all(torch.equal(student._teacher_hidden(window[None]), hidden) for window, hidden in zip(ids, first, strict=True))
+    assert len(passes) == 6
+    bounded = make()
+    monkeypatch.setattr("fptquant.stages.student.REMEMBERED_BYTES", 2 * first[0].nbytes)
+    for window in ids:
+        bounded._teacher_hidden(window[None])
+    assert sum(hidden.nbytes for hidden in bounded._remembered.values()) == 2 * first[0].nbytes
+    bounded.finish_()
+    assert not bounded._remembered
+
+
 @pytest.mark.parametrize("objective", ["jsd", "forward_kl", "reverse_kl", "cross_entropy", "hidden_mse"])
 def test_without_quantizers_no_transform_changes_the_loss(objective: str) -> None:
     student = make(training=settings(rotation=0.1, objective=objective))
