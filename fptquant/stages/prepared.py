@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from fptquant.config.differences import differences
 from fptquant.errors import UserError
-from fptquant.training.checkpoint import of_kind, replace_file
+from fptquant.training.checkpoint import of_kind, read_file, replace_file, to_bytes
 
 PREPARED = "checkpoint-prepared.safetensors"
 
@@ -50,7 +48,7 @@ def save_prepared(path: Path, prepared: Prepared, belongs_to: Mapping[str, Any])
         "seconds": prepared.seconds,
         "belongs_to": dict(belongs_to),
     }
-    replace_file(path, save(tensors, metadata={"fptquant": json.dumps(rest)}))
+    replace_file(path, to_bytes(tensors, rest))
 
 
 def load_prepared(path: Path, belongs_to: Mapping[str, Any]) -> Prepared | None:
@@ -61,13 +59,8 @@ def load_prepared(path: Path, belongs_to: Mapping[str, Any]) -> Prepared | None:
     """
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            rest: dict[str, Any] = json.loads((file.metadata() or {})["fptquant"])
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  not a mapping
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); start the run anew with --overwrite") from error
-    other = differences(rest.pop("belongs_to"), json.loads(json.dumps(dict(belongs_to))))
+    tensors, rest = read_file(path)
+    other = differences(rest["belongs_to"], json.loads(json.dumps(dict(belongs_to))))
     if other:
         raise UserError(
             f"{path} belongs to another run ({'; '.join(other)}); set these as they were, or start anew with --overwrite"

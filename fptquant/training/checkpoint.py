@@ -121,14 +121,13 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     # Clones, because the file format refuses tensors that share memory, as a parameter and the best state may.
     tensors = {f"{kind}/{name}": _plain(tensor) for kind, named in kinds.items() for name, tensor in named.items()}
     rest = {
-        "format": FORMAT,
         "position": asdict(checkpoint.position),
         "python": checkpoint.randomness.python,
         "numpy": checkpoint.randomness.numpy,
         "belongs_to": checkpoint.belongs_to,
         "machine": checkpoint.machine,
     }
-    replace_file(path, save(tensors, metadata={"fptquant": json.dumps(rest)}))
+    replace_file(path, to_bytes(tensors, rest))
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -155,8 +154,13 @@ def write_through(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint.
+def to_bytes(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> bytes:
+    """A safetensors file with plain values in its metadata."""
+    return save(dict(tensors), metadata={"fptquant": json.dumps({"format": FORMAT, **rest})})
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `to_bytes` was given.
 
     Raises:
         UserError: if the file is damaged or of another version.
@@ -170,6 +174,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{path} is damaged ({error}); start the run anew with --overwrite") from error
     if rest["format"] != FORMAT:
         raise UserError(f"{path} is of another version of fptquant; go on with that one, or start the run anew with --overwrite")
+    return tensors, rest
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint. Errors as in `read_file`."""
+    tensors, rest = read_file(path)
     position = Position(**rest["position"])
     position.curve = [(int(step), float(divergence)) for step, divergence in position.curve]
     return Checkpoint(
