@@ -190,6 +190,58 @@ def run(
     _run([config], f"{config.name} on {config.model}", config.output_folder, overwrite, resume, save, threads)
 
 
+@app.command(
+    "evaluate",
+    epilog=(
+        "[bold]Examples[/bold]\n\n"
+        "fptquant evaluate runs/fptquant --text wikitext2 --window 2048\n\n"
+        "fptquant evaluate runs/rtn runs/mine --text wikitext2 --window 2048 --windows all --output runs/table"
+    ),
+)
+@_guard
+def evaluate(
+    folders: Annotated[list[str], typer.Argument(metavar="FOLDER...", help="Run folders, or folders of calibrated models.")],
+    text: Annotated[str, typer.Option("--text", help="A text of fptquant ls, or a file.")] = "auto",
+    windows: Annotated[str, typer.Option("--windows", help="How many of the text's first windows, or all.")] = "8",
+    window: Annotated[int, typer.Option("--window", min=2, help="Tokens of a window.")] = 1024,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for the table and metrics; none by default.")] = None,
+    overwrite: Overwrite = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Evaluate calibrated models that were saved, in one table with full precision.
+
+    The models come from one full-precision model. Perplexity, divergence from full precision and agreement are those of
+    fptquant run, on any text and any number of windows.
+    """
+    if windows != "all" and not (windows.isascii() and windows.isdigit() and int(windows) > 0):
+        raise UserError(f"--windows {windows} is no number of windows; write at least 1, or all")
+    from fptquant.reports.processes import launched, processes
+
+    if launched() is not None:
+        raise UserError("evaluate works in one process; start it without torchrun")
+    from fptquant.reports.progress import Progress
+    from fptquant.reports.saved import evaluate_saved
+    from fptquant.reports.table import rich_table
+
+    with processes(device, threads), Progress() as progress:
+        experiment = evaluate_saved(
+            folders,
+            text=text,
+            windows="all" if windows == "all" else int(windows),
+            window=window,
+            device=device,
+            output=output,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    console = Console(highlight=False)
+    console.print(rich_table(experiment.rows, title="evaluation"))
+    if output is not None:
+        console.print(f"written to {escape(output)}")
+
+
 @app.command("demo", epilog="Example: fptquant demo 'settings=[w4a8kv8-static]' --output runs/quick")
 @_guard
 def demo(

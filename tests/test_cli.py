@@ -37,6 +37,37 @@ def refused(model: Path | str, output: Path, *overrides: str, file: str = "smoke
     return result.stderr
 
 
+def test_saved_models_are_evaluated_in_one_table(model: Path, tmp_path: Path) -> None:
+    runs = [tmp_path / "static", tmp_path / "dynamic"]
+    for run, setting in zip(runs, ("w4a8kv8-static", "w4a4kv4-dynamic"), strict=True):
+        done = invoke("run", "smoke", f"model={model}", f"quantization={setting}", "quantization.prefix=[1]", "--output", run)
+        assert done.exit_code == 0, done.output
+    text = ["--text", "topics", "--windows", "2", "--window", "64"]
+    table = invoke("evaluate", runs[0], runs[1] / "model", *text, "--output", tmp_path / "table")
+    assert table.exit_code == 0, table.output
+    found = json.loads((tmp_path / "table" / "metrics.json").read_text())["results"]
+    expected = [json.loads((run / "metrics.json").read_text())["results"] for run in runs]
+    for entry, own in zip(found, [expected[0][0], expected[0][1], expected[1][1]], strict=True):
+        assert (entry["method"], entry["setting"]) == (own["method"], own["setting"])
+        assert _without_seconds(entry["evaluation"]) == _without_seconds(own["evaluation"])
+    assert "w4a4kv4-dynamic" in (tmp_path / "table" / "table.md").read_text()
+    assert len(list((tmp_path / "table" / "configs").iterdir())) == 2
+    for arguments, message in (
+        ([model], "holds no calibrated model"),
+        ([runs[0], runs[0] / "model"], "is given twice"),
+        ([runs[0], "--windows", "few"], "--windows few is no number of windows; write at least 1, or all"),
+        ([runs[0], "--window", "128", "--text", "topics"], "with a prefix of 1 tokens = 129 is longer than"),
+        ([runs[0], "--output", tmp_path / "table"], "holds another run"),
+    ):
+        refused = invoke("evaluate", *arguments)
+        assert refused.exit_code == 2, refused.output
+        assert message in refused.stderr.replace("\n", " ")
+
+
+def _without_seconds(evaluation: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in evaluation.items() if key != "seconds"}
+
+
 def test_a_run_writes_everything(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "runs" / "mine"
     result = invoke("run", "smoke", f"model={model}", "quantization=w4a4kv4-dynamic", "--output", output)

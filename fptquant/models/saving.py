@@ -117,6 +117,11 @@ def save_description(result: CalibrationResult, folder: Path) -> None:
     write_json(folder / "metrics.json", {**result.metrics, "transforms": result.transforms.describe()})
 
 
+def check_saved(folder: Path) -> bool:
+    """Whether a folder looks like a calibrated model."""
+    return (folder / "config.yaml").is_file() and any((folder / name).is_dir() for name in (MERGED, TRANSFORMED))
+
+
 def _weights_folder(folder: Path) -> Path:
     for name in (MERGED, TRANSFORMED):
         if (folder / name).is_dir():

@@ -252,14 +252,15 @@ def _write(folder: Path, configs: Sequence[Config], baseline: Baseline, outcomes
             "processes": world_size(),
         },
     )
-    results = [{**_row_dict(baseline.row), "block_errors": [0.0] * len(baseline.trace.residuals)}]
+    results = [{**row_dict(baseline.row), "block_errors": [0.0] * len(baseline.trace.residuals)}]
     results += [
-        {**_row_dict(outcome.row), "calibration": outcome.calibration, "block_errors": outcome.errors} for outcome in outcomes
+        {**row_dict(outcome.row), "calibration": outcome.calibration, "block_errors": outcome.errors} for outcome in outcomes
     ]
     write_json(folder / "metrics.json", {"title": title, "model": configs[0].model, "results": results})
 
 
-def _row_dict(row: Row) -> dict[str, Any]:
+def row_dict(row: Row) -> dict[str, Any]:
+    """A row as plain values, for metrics.json."""
     return {
         "method": row.method,
         "setting": row.setting,
