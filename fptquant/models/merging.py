@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.transforms.base import Transform
 from fptquant.transforms.down_hadamard import DownHadamard
+from fptquant.transforms.residual_rotation import ResidualRotation
 from fptquant.transforms.up_scaling import UpScaling
 
 
@@ -25,11 +27,18 @@ class Merging:
     def weight(self, weight: Tensor, quantizer: Quantizer | None) -> Tensor:
         """The merged weight, quantized if the quantizer is on; differentiable in transforms and ranges.
 
-        At most one merged copy of the weight exists beside the quantized one, unless T_r comes before another transform.
+        At most one merged copy of the weight is kept beside the quantized one. Where a trained T_r comes before another
+        transform, that would be two: then none is kept, and the backward pass merges again.
 
         Shape: weight and result [out, in].
         """
         quantized = quantizer if quantizer is not None and quantizer.mode == "on" else None
+        if len(self.steps) > 1 and isinstance(self.steps[0][0], ResidualRotation):
+            merged: Tensor = checkpoint(self._weight, weight, quantized, use_reentrant=False, preserve_rng_state=False)
+            return merged
+        return self._weight(weight, quantized)
+
+    def _weight(self, weight: Tensor, quantized: Quantizer | None) -> Tensor:
         *before, (last, side) = self.steps
         scaling = before[-1][0] if before else None
         if isinstance(last, DownHadamard) and isinstance(scaling, UpScaling):

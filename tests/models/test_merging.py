@@ -49,13 +49,13 @@ class MergedCopies(TorchDispatchMode):
         return result
 
 
-def make_student() -> Student:
+def make_student(rotation: float | None = None) -> Student:
     model = fused_model("LlamaForCausalLM", "hidden-576", dtype=torch.float32).requires_grad_(False)
     transforms = random_transforms(model, TRANSFORMS)
     instrument(model, setting(16, weight_bits=4), down_hadamard=True)
     attach_transforms_(model, transforms)
     set_weight_ranges_(model)
-    return Student(model, transforms, settings())
+    return Student(model, transforms, settings(rotation))
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +110,28 @@ def test_merging_in_one_go_is_merging_one_by_one(student: Student) -> None:
             merged = transform.merge(merged, side)
         assert torch.equal(linear.merged_weight(), merged)
         assert torch.equal(linear.quantized_weight(), linear.weight_quantizer(merged))
+
+
+def test_with_a_trained_rotation_no_merged_copy_is_kept_and_the_gradients_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = make_student(rotation=0.1)
+    assert student.rotation is not None
+    student.rotation.randomize_(torch.Generator().manual_seed(1))
+    student._prepare()
+    for name in LINEAR_NAMES:
+        linear = student.view.blocks[0].linear(name)
+        assert isinstance(linear, QuantizedLinear)
+        assert linear.merging is not None
+        with MergedCopies(linear.weight) as copies:
+            copies.ignored.add(StorageWeakRef(student.rotation.matrix().untyped_storage()))  # as large as a weight here
+            quantized = linear.quantized_weight()
+            assert copies.now() == (1 if len(linear.merging.steps) == 1 else 0)
+        assert quantized.requires_grad
+    student(token_ids()).backward()
+    expected = {name: p.grad for group in student.parameter_groups().values() for name, p in group}
+    student.zero_grad()
+    monkeypatch.setattr("fptquant.models.merging.checkpoint", lambda function, *arguments, **options: function(*arguments))
+    student(token_ids()).backward()
+    for group in student.parameter_groups().values():
+        for name, parameter in group:
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, expected[name]), name
