@@ -41,16 +41,15 @@ from fptquant.config.schema import TrainingConfig
 from fptquant.data.text import load_text
 from fptquant.data.windows import token_windows
 from fptquant.models.adapter import LINEAR_NAMES, view_model
-from fptquant.models.instrument import set_modes
+from fptquant.models.instrument import instrument_for, set_modes
 from fptquant.models.loading import load_model
 from fptquant.stages import student as student_module
-from fptquant.stages.calibrate import instrument_for, transform_options
 from fptquant.stages.fuse_norms import fuse_norms_
 from fptquant.stages.merge_transforms import model_sizes
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
 from fptquant.stages.student import Student, attach_transforms_
 from fptquant.stages.untie import untie_
-from fptquant.transforms import build_transforms
+from fptquant.transforms import TransformOptions, build_transforms
 
 ARMS = ("plain", "fptquant", "eager", "torch.compile")
 QUICK = [f"quantization.{part}.range.method=min_max" for part in ("weight", "activation", "kv_cache")]
@@ -83,7 +82,7 @@ def build_student(layers: int | None, tokens: int, dtype: torch.dtype = torch.fl
     model.requires_grad_(False)
     untie_(model)
     fuse_norms_(model)
-    transforms = build_transforms(model_sizes(view_model(model)), transform_options(config), seed=0)
+    transforms = build_transforms(model_sizes(view_model(model)), TransformOptions.of(config.transforms), seed=0)
     for index in range(len(transforms.blocks)):
         for transform in transforms.block(index).used():
             transform.randomize_(torch.Generator().manual_seed(index), spread=0.02)

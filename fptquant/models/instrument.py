@@ -31,11 +31,12 @@ from fptquant.quantizers.sites import (
     point_specs,
     weight_spec,
 )
+from fptquant.transforms import TransformOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fptquant.config.schema import QuantizationConfig
+    from fptquant.config.schema import Config, QuantizationConfig
 
 NORM_POINT = {"input_norm": "attn_in", "post_norm": "mlp_in"}
 """The point at the output of each norm of a block."""
@@ -100,6 +101,18 @@ def instrument(
     decoder.register_forward_pre_hook(begin_pass, with_kwargs=True)
     decoder.register_forward_hook(end_pass, with_kwargs=True, always_call=True)
     return dict(iter_quantizers(model))
+
+
+def instrument_for(model: PreTrainedModel, config: Config) -> None:
+    """Puts a config's quantizers, online Hadamard transform and S_n into a model whose transforms are merged."""
+    options = TransformOptions.of(config.transforms)
+    instrument(
+        model,
+        config.quantization,
+        residual_scaling=options.residual_scaling,
+        down_hadamard=options.down_hadamard,
+        down_hadamard_block=options.down_hadamard_block,
+    )
 
 
 def check_instrument(

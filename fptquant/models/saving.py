@@ -26,7 +26,7 @@ from fptquant.config.loading import dump_config, load_config
 from fptquant.diagnostics import diagnostics
 from fptquant.errors import UserError
 from fptquant.models.adapter import view_model
-from fptquant.models.instrument import load_ranges_, range_tensors, set_modes
+from fptquant.models.instrument import instrument_for, load_ranges_, range_tensors, set_modes
 from fptquant.models.loading import quiet_weight_bars
 from fptquant.models.prefix import Prefix, model_prefixes, prefix_length
 from fptquant.quantizers.quantizer import Quantizer
@@ -178,8 +178,6 @@ def load_calibrated(folder: str | Path, *, device: str = "cpu") -> tuple[PreTrai
     Raises:
         UserError: if the folder holds no calibrated model or a file of it is missing or damaged.
     """
-    from fptquant.stages.calibrate import instrument_for
-
     folder = Path(folder)
     weights = _weights_folder(folder)
     config = load_config(folder / "config.yaml")

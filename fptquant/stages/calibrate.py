@@ -19,9 +19,10 @@ from fptquant.data.text import Text, load_text
 from fptquant.data.training import TrainingData
 from fptquant.data.windows import check_window, token_windows
 from fptquant.models.adapter import view_model
-from fptquant.models.instrument import check_instrument, instrument, load_ranges_, range_tensors, set_modes
+from fptquant.models.instrument import check_instrument, instrument_for, load_ranges_, range_tensors, set_modes
 from fptquant.models.loading import check_finite_weights
 from fptquant.models.prefix import compute_prefix_
+from fptquant.models.saving import save_calibrated
 from fptquant.reports.progress import Progress
 from fptquant.stages.distributed import is_main, on_main
 from fptquant.stages.find_prefix import check_prefix, resolve_prefix, with_prefix
@@ -66,36 +67,7 @@ class CalibrationResult:
         Raises:
             UserError: if the folder holds another run or cannot be written.
         """
-        from fptquant.models.saving import save_calibrated
-
         return save_calibrated(self, folder, overwrite=overwrite)
-
-
-def transform_options(config: Config) -> TransformOptions:
-    """The transforms of a config, as the transforms themselves want them."""
-    used = config.transforms
-    return TransformOptions(
-        query_key_rotation=used.query_key_rotation is not None,
-        value_mixing=used.value_mixing.start if used.value_mixing else None,
-        value_constraint=used.value_mixing.constraint if used.value_mixing else "none",
-        up_scaling=used.up_scaling is not None,
-        residual_rotation=used.residual_rotation.start if used.residual_rotation else None,
-        down_hadamard=used.down_hadamard is not None,
-        down_hadamard_block=used.down_hadamard.block_size if used.down_hadamard else None,
-        residual_scaling=used.residual_scaling.where if used.residual_scaling else None,
-    )
-
-
-def instrument_for(model: PreTrainedModel, config: Config) -> None:
-    """Puts the config's quantizers, online Hadamard transform and S_n into a model whose transforms are merged."""
-    options = transform_options(config)
-    instrument(
-        model,
-        config.quantization,
-        residual_scaling=options.residual_scaling,
-        down_hadamard=options.down_hadamard,
-        down_hadamard_block=options.down_hadamard_block,
-    )
 
 
 def check_model(model: PreTrainedModel, config: Config) -> None:
@@ -105,7 +77,7 @@ def check_model(model: PreTrainedModel, config: Config) -> None:
         UserError: if the architecture is not supported, a transform does not preserve the model's function, a Hadamard or
             group size is impossible, or the model is calibrated already.
     """
-    options = transform_options(config)
+    options = TransformOptions.of(config.transforms)
     check_transforms(model_sizes(view_model(model)), options)
     check_instrument(
         model,
@@ -168,7 +140,7 @@ def _transform_(
     not found again.
     """
     report: dict[str, Any] = {}
-    options = transform_options(config)
+    options = TransformOptions.of(config.transforms)
     transforms = build_transforms(sizes, options, seed=config.seed).to(model.device)
     if earlier is not None:
         restore_state_(transforms, earlier.transforms)

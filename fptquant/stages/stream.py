@@ -33,7 +33,7 @@ from fptquant.data.text import Text
 from fptquant.diagnostics import diagnostics
 from fptquant.errors import UserError
 from fptquant.models.adapter import view_model
-from fptquant.models.instrument import get_context, range_tensors
+from fptquant.models.instrument import get_context, instrument_for, range_tensors
 from fptquant.models.loading import check_finite_weight, load_tokenizer, local_folder
 from fptquant.models.prefix import fill_prefix_, model_prefixes, prefix_off
 from fptquant.models.saving import MERGED, QUANTIZERS, TRANSFORMED, save_description
@@ -50,7 +50,7 @@ from fptquant.models.streaming import (
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.reports.progress import Progress
 from fptquant.reports.unfinished_run import CHECKPOINT, check_run, lasting_run_folder, stream_description
-from fptquant.stages.calibrate import CalibrationResult, calibration_windows, check_model, instrument_for, transform_options
+from fptquant.stages.calibrate import CalibrationResult, calibration_windows, check_model
 from fptquant.stages.find_prefix import check_prefix, resolve_prefix, with_prefix
 from fptquant.stages.fuse_norms import fuse_block_, scale_columns_
 from fptquant.stages.merge_transforms import merge_block_, model_sizes
@@ -59,7 +59,7 @@ from fptquant.stages.progress import Progress as ProgressCallback
 from fptquant.stages.set_ranges import observe_windows_, set_weight_ranges_
 from fptquant.stages.stream_prefix import StreamedLook
 from fptquant.stages.stream_state import StreamState
-from fptquant.transforms import build_transforms
+from fptquant.transforms import TransformOptions, build_transforms
 
 ROWS_AT_ONCE = 2048
 """Rows of the embedding and ``lm_head`` that are in memory at once."""
@@ -154,7 +154,7 @@ def _prepare(folder: Path, config: Config, dtype: torch.dtype, device: torch.dev
     view, source = view_model(model), Checkpoint(folder)
     tokenizer = load_tokenizer(folder)
     check_model(model, config)
-    transforms = build_transforms(model_sizes(view), transform_options(config), seed=config.seed).to(device)
+    transforms = build_transforms(model_sizes(view), TransformOptions.of(config.transforms), seed=config.seed).to(device)
     tied = check_checkpoint(view, source)
     windows = calibration_windows(model, tokenizer, config, text)
     check_prefix(model, tokenizer, config, *windows.shape[1:])

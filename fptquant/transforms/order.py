@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from fptquant.transforms.residual_rotation import ResidualRotation
 from fptquant.transforms.residual_scaling import ResidualScaling, Where
 from fptquant.transforms.up_scaling import UpScaling
 from fptquant.transforms.value_mixing import Constraint, ValueMixing
+
+if TYPE_CHECKING:
+    from fptquant.config.schema import TransformsConfig
 
 BLOCK_ORDER = ("query_key_rotation", "value_mixing", "up_scaling", "down_hadamard")
 """Transforms of a block, in the order in which they are merged."""
@@ -53,6 +56,20 @@ class TransformOptions:
     down_hadamard: bool = False
     down_hadamard_block: int | None = None
     residual_scaling: Where | None = None
+
+    @classmethod
+    def of(cls, used: TransformsConfig) -> TransformOptions:
+        """What a config says."""
+        return cls(
+            query_key_rotation=used.query_key_rotation is not None,
+            value_mixing=used.value_mixing.start if used.value_mixing else None,
+            value_constraint=used.value_mixing.constraint if used.value_mixing else "none",
+            up_scaling=used.up_scaling is not None,
+            residual_rotation=used.residual_rotation.start if used.residual_rotation else None,
+            down_hadamard=used.down_hadamard is not None,
+            down_hadamard_block=used.down_hadamard.block_size if used.down_hadamard else None,
+            residual_scaling=used.residual_scaling.where if used.residual_scaling else None,
+        )
 
 
 class BlockTransforms(nn.Module):
