@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,7 +67,8 @@ def rich_table(rows: Sequence[Row], *, title: str) -> Table:
 
     table = Table(title=title, caption=caption(rows), caption_justify="left", title_justify="left")
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("method", "setting") else "right", no_wrap=True)
+        justify: Literal["left", "right"] = "left" if column in ("method", "setting") else "right"
+        table.add_column(column, justify=justify, no_wrap=column != "setting")  # a long setting takes several lines
     previous = None
     for row in rows:
         if previous is not None and row.setting != previous:

@@ -41,6 +41,14 @@ def test_terminal() -> None:
     assert "12.3 %" in shown
 
 
+def test_a_long_setting_does_not_hide_the_numbers() -> None:
+    console = Console(file=io.StringIO(), width=70)
+    long = Row("fptquant-local", "w4a4kv4-static, prefix of 1 token, without one kept", ROWS[1].evaluation, 2180.9)
+    console.print(rich_table([ROWS[0], long], title="demo"))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(part in shown for part in ("fptquant-local", "infinite", "0.6100", "12.3 %", "2180.9"))
+
+
 def test_shrinking_keeps_every_outlier() -> None:
     values = np.zeros((100, 1000), dtype=np.float32)
     values[37, 613] = 5
