@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from fptquant.cli import app
+from fptquant.stages import find_prefix
 from tests.tiny_folder import save_tiny_folder
 
 
@@ -100,6 +101,21 @@ def test_the_same_seed_gives_the_same_result(model: Path, tmp_path: Path, monkey
         results = json.loads((tmp_path / name / "metrics.json").read_text())["results"]
         found.append([(entry["evaluation"]["perplexity"], entry["evaluation"]["jsd"]) for entry in results])
     assert found[0] == found[1]
+
+
+def test_a_table_searches_for_the_prefix_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(find_prefix, "MASSIVE", 1.0)
+    monkeypatch.setattr(find_prefix, "MASSIVE_RATIO", 5.0)
+    searches: list[int] = []
+    search = find_prefix.find_prefix
+    monkeypatch.setattr(find_prefix, "find_prefix", lambda *given, **options: searches.append(1) or search(*given, **options))
+    small = ["calibration.windows=2", "calibration.window=32", "evaluation={text: topics, windows: 1, window: 32}"]
+    settings = "settings=[w4a16, w4a8kv8-static, w4a4kv4-dynamic]"
+    done = invoke("demo", f"model={model}", settings, f"overrides={json.dumps(small)}", "-o", tmp_path / "demo")
+    assert done.exit_code == 0, done.output
+    assert len(searches) == 1
+    rows = json.loads((tmp_path / "demo" / "metrics.json").read_text())["results"][1:]
+    assert [", prefix of" in row["setting"] for row in rows] == [False, False, True, True, True, True]
 
 
 def test_the_demo_makes_one_table(model: Path, tmp_path: Path) -> None:

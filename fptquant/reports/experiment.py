@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fptquant.config.labels import AUTO_PREFIX
 from fptquant.config.schema import Config
 from fptquant.diagnostics import diagnostics
 from fptquant.evaluation.evaluate import build_reference, evaluate_windows, evaluation_windows
@@ -33,7 +34,7 @@ from fptquant.reports.table import Row, markdown_table
 from fptquant.reports.unfinished_run import check_run, config_files, lasting_run_folder, note_checkpoint
 from fptquant.stages.calibrate import CalibrationResult, calibrate, calibration_windows, check_model
 from fptquant.stages.distributed import is_main, main_first, main_holds, on_main, world_size
-from fptquant.stages.find_prefix import check_prefix
+from fptquant.stages.find_prefix import check_prefix, with_prefix
 from fptquant.stages.train import check_training
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class Baseline:
     row: Row
     trace: ResidualTrace
     activations: ActivationStatistics
+    prefixes: dict[str, list[int] | None] = field(default_factory=dict)
+    """What ``prefix: auto`` has found, by everything that decides it besides the model."""
 
 
 @dataclass(frozen=True)
@@ -208,10 +211,16 @@ def _run_config(
     work = folder / "training" / name if several and config.training is not None else folder
     if is_main():
         work.mkdir(parents=True, exist_ok=True)
+    searched = None
+    if config.quantization.prefix == AUTO_PREFIX and config.quantization.quantized_sites:
+        searched = f"{config.calibration} {config.seed}"
+    known = with_prefix(config, baseline.prefixes[searched]) if searched in baseline.prefixes else config
     # The last one needs no copy: nobody asks the full-precision model any more.
     result: CalibrationResult = calibrate(
-        baseline.model, baseline.tokenizer, config, in_place=last, folder=work, resume=resume, progress=labeled
+        baseline.model, baseline.tokenizer, known, in_place=last, folder=work, resume=resume, progress=labeled
     )
+    if searched is not None:
+        baseline.prefixes[searched] = result.config.quantization.prefix  # type: ignore[assignment]
     cache = baseline.cache
     evaluation = evaluate_windows(
         result.model, cache.tokens, text_name=cache.text_name, reference=cache, progress=labeled, shared=baseline.shared
