@@ -12,6 +12,7 @@ from fptquant.errors import UserError
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal-to-quantization-noise ratio ``10 log10(sum x^2 / sum (x - y)^2)`` in decibels; infinite if they are equal.
 
+    >>> import torch
     >>> round(sqnr_db(torch.ones(4), torch.full((4,), 0.9)), 3)
     20.0
 
