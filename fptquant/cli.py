@@ -226,7 +226,7 @@ def evaluate(
     from fptquant.reports.table import rich_table
 
     with processes(device, threads), Progress() as progress:
-        experiment = evaluate_saved(
+        rows = evaluate_saved(
             folders,
             text=text,
             windows="all" if windows == "all" else int(windows),
@@ -237,7 +237,7 @@ def evaluate(
             progress=progress,
         )
     console = Console(highlight=False)
-    console.print(rich_table(experiment.rows, title="evaluation"))
+    console.print(rich_table(rows, title="evaluation"))
     if output is not None:
         console.print(f"written to {escape(output)}")
 

@@ -183,8 +183,10 @@ def _measure_baseline(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, progress: ProgressCallback
 ) -> Baseline:
     settings = config.evaluation
-    windows, _ = evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)
-    shared = len(windows) >= world_size()
+    shared = False
+    if world_size() > 1:
+        windows, _ = evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)
+        shared = len(windows) >= world_size()
     cache, evaluation = build_reference(
         model, tokenizer, text=settings.text, windows=settings.windows, window=settings.window, progress=progress, shared=shared
     )

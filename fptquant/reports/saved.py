@@ -17,7 +17,7 @@ from fptquant.evaluation.evaluate import build_reference, evaluate_windows
 from fptquant.evaluation.teacher import ProgressCallback
 from fptquant.models.loading import load_model
 from fptquant.models.saving import check_saved, load_calibrated
-from fptquant.reports.experiment import DTYPES, Experiment, row_dict
+from fptquant.reports.experiment import DTYPES, row_dict
 from fptquant.reports.processes import resolve_device
 from fptquant.reports.progress import Labeled
 from fptquant.reports.run_folder import check_output, run_folder, write_json
@@ -67,8 +67,8 @@ def evaluate_saved(
     output: str | Path | None = None,
     overwrite: bool = False,
     progress: ProgressCallback,
-) -> Experiment:
-    """One table: the full-precision model, and each of the saved ones, on the same text.
+) -> list[Row]:
+    """The rows of one table: the full-precision model, and each of the saved ones, on the same text.
 
     Args:
         paths: run folders, or folders that ``CalibrationResult.save`` or `fptquant.calibrate_streamed` wrote.
@@ -97,7 +97,7 @@ def evaluate_saved(
         del calibrated
     if output is not None:
         _write(output, configs, rows, str(where), overwrite=overwrite)
-    return Experiment(rows, Path(output) if output is not None else Path())
+    return rows
 
 
 def _calibration_seconds(folder: Path) -> float:

@@ -102,6 +102,7 @@ def lasting_run_folder(
     overwrite: bool = False,
     resume: bool = False,
     lasting: Collection[str] = _OF_TRAINING,
+    needed_bytes: int = 0,
 ) -> Iterator[Path]:
     """A folder ``NAME.partial`` to write a run into; it becomes ``path`` when the block ends.
 
@@ -115,7 +116,7 @@ def lasting_run_folder(
         UserError: as `check_run`, and when the disk fills up.
     """
     target, partial = Path(path).absolute(), partial_folder(path)
-    check_run(path, description, overwrite=overwrite, resume=resume)
+    check_run(path, description, overwrite=overwrite, resume=resume, needed_bytes=needed_bytes)
     made = make_parents(target.parent)
     with disk_errors(target, _KEPT):
         partial.mkdir(exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fptquant.config.differences import differences
-from fptquant.errors import UserError
-from fptquant.training.checkpoint import of_kind, read_file, replace_file, to_bytes
+from fptquant.training.checkpoint import check_same_run, of_kind, read_file, replace_file, to_bytes
 
 PREPARED = "checkpoint-prepared.safetensors"
 
@@ -60,11 +57,7 @@ def load_prepared(path: Path, belongs_to: Mapping[str, Any]) -> Prepared | None:
     if not path.is_file():
         return None
     tensors, rest = read_file(path)
-    other = differences(rest["belongs_to"], json.loads(json.dumps(dict(belongs_to))))
-    if other:
-        raise UserError(
-            f"{path} belongs to another run ({'; '.join(other)}); set these as they were, or start anew with --overwrite"
-        )
+    check_same_run(path, rest["belongs_to"], belongs_to)
     return Prepared(of_kind("transforms", tensors), of_kind("ranges", tensors), rest["prefix"], rest["report"], rest["seconds"])
 
 

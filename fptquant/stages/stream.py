@@ -15,7 +15,6 @@ block at most.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -49,7 +48,7 @@ from fptquant.models.streaming import (
 )
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.reports.progress import Progress
-from fptquant.reports.unfinished_run import CHECKPOINT, check_run, lasting_run_folder, stream_description
+from fptquant.reports.unfinished_run import CHECKPOINT, lasting_run_folder, stream_description
 from fptquant.stages.calibrate import CalibrationResult, calibration_windows, check_model
 from fptquant.stages.find_prefix import check_prefix, resolve_prefix, with_prefix
 from fptquant.stages.fuse_norms import fuse_block_, scale_columns_
@@ -59,6 +58,8 @@ from fptquant.stages.progress import Progress as ProgressCallback
 from fptquant.stages.set_ranges import observe_windows_, set_weight_ranges_
 from fptquant.stages.stream_prefix import StreamedLook
 from fptquant.stages.stream_state import StreamState
+from fptquant.training.checkpoint import replace_file
+from fptquant.training.fingerprint import tensors_digest
 from fptquant.transforms import TransformOptions, build_transforms
 
 ROWS_AT_ONCE = 2048
@@ -106,10 +107,11 @@ def calibrate_streamed(
     folder = local_folder(model)
     stream = _prepare(folder, config, DTYPES[config.dtype], torch.device(device), text)
     description = {**stream_description(config), f"{CHECKPOINT}/inputs.yaml": _inputs(folder, stream)}
-    check_run(output, description, overwrite=overwrite, resume=resume, needed_bytes=_needed_bytes(stream))
-    lasting = (MERGED, TRANSFORMED)
+    lasting, needed = (MERGED, TRANSFORMED), _needed_bytes(stream)
     with (
-        lasting_run_folder(output, description, overwrite=overwrite, resume=resume, lasting=lasting) as partial,
+        lasting_run_folder(
+            output, description, overwrite=overwrite, resume=resume, lasting=lasting, needed_bytes=needed
+        ) as partial,
         nullcontext(progress) if progress is not None else Progress() as bars,
     ):
         _Run(_with_quantizers(stream, partial, bars), partial).all_parts(bars)
@@ -171,9 +173,7 @@ def _with_quantizers(stream: _Stream, folder: Path, progress: ProgressCallback) 
     else:
         look = StreamedLook(stream.source, stream.dtype, stream.device)
         config, report = resolve_prefix(model, stream.result.tokenizer, config, stream.windows, look=look, progress=progress)
-        beside = known.with_name(f"{known.name}.new")
-        beside.write_text(json.dumps({"ids": config.quantization.prefix, "report": report}), encoding="utf-8")
-        beside.replace(known)
+        replace_file(known, json.dumps({"ids": config.quantization.prefix, "report": report}).encode())
     instrument_for(model, config)
     if config.norm_gains == "fused":
         model.config.tie_word_embeddings = False
@@ -185,7 +185,7 @@ def _inputs(folder: Path, stream: _Stream) -> str:
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".model", ".txt"))
     known = {
         "files": {path.name: f"{path.stat().st_size} bytes, modified {path.stat().st_mtime_ns}" for path in files},
-        "windows": hashlib.sha256(stream.windows.numpy().tobytes()).hexdigest(),
+        "windows": tensors_digest(stream.windows),
         "device": stream.device.type,
         "versions": {name: value for name, value in diagnostics().items() if name in ("fptquant", "versions")},
     }

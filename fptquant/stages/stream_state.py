@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fptquant.models.streaming import return_memory
+from fptquant.training.checkpoint import replace_file
 
 
 @dataclass
@@ -29,9 +30,7 @@ class StreamState:
 
     def save(self, path: Path) -> None:
         """Replaces the file at once: it tells of the part before, or of this one."""
-        beside = path.with_name(path.name + ".new")
-        beside.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        beside.replace(path)
+        replace_file(path, json.dumps(asdict(self)).encode())
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

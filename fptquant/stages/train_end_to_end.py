@@ -28,7 +28,15 @@ from fptquant.errors import UserError
 from fptquant.stages.distributed import is_main, largest, on_main, own, rank, total, world_size
 from fptquant.stages.nonfinite import stop_if
 from fptquant.stages.progress import Progress, quiet, say, tell
-from fptquant.training.checkpoint import CHECKPOINT, Checkpoint, Position, Randomness, load_checkpoint, save_checkpoint
+from fptquant.training.checkpoint import (
+    CHECKPOINT,
+    Checkpoint,
+    Position,
+    Randomness,
+    check_same_run,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fptquant.training.fingerprint import machine, tensors_digest
 from fptquant.training.interruption import Interruption
 from fptquant.training.log import MetricsLog, check_tensorboard
@@ -143,7 +151,7 @@ class _Trainer:
         """Takes up the checkpoint, or begins."""
         path = None if self.read_folder is None or not resume else self.read_folder / CHECKPOINT
         checkpoint = None if path is None else on_main(lambda: load_checkpoint(path) if path.exists() else None)
-        if checkpoint is not None:
+        if path is not None and checkpoint is not None:
             self._take_up(checkpoint, path)
         else:
             if self.folder is not None:
@@ -153,13 +161,8 @@ class _Trainer:
             self.folder, length=self.position.log_bytes, step=self.position.step, tensorboard=self.settings.tensorboard
         )
 
-    def _take_up(self, checkpoint: Checkpoint, path: Path | None) -> None:
-        other = on_main(lambda: differences(checkpoint.belongs_to, self.belongs_to))
-        if other:
-            raise UserError(
-                f"the checkpoint {path} belongs to another run ({'; '.join(other)}); set these as they were, "
-                "or start anew with --overwrite"
-            )
+    def _take_up(self, checkpoint: Checkpoint, path: Path) -> None:
+        on_main(lambda: check_same_run(path, checkpoint.belongs_to, self.belongs_to))
         self.position, self.best = checkpoint.position, checkpoint.best
         self.student.load_trainable_state_(checkpoint.parameters)
         self.optimizer.load_(checkpoint.optimizer, checkpoint.gradients)

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fptquant.config.differences import differences
 from fptquant.errors import UserError
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -175,6 +176,20 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if rest["format"] != FORMAT:
         raise UserError(f"{path} is of another version of fptquant; go on with that one, or start the run anew with --overwrite")
     return tensors, rest
+
+
+def check_same_run(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Compares what a file was written for with what it is read for.
+
+    Raises:
+        UserError: names what differs.
+    """
+    other = differences(saved, current)
+    if other:
+        raise UserError(
+            f"the checkpoint {path} belongs to another run ({'; '.join(other)}); set these as they were, "
+            "or start anew with --overwrite"
+        )
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
