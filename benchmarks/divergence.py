@@ -3,7 +3,8 @@
 Logits: every arm computes the loss of each token and the gradient of the student's logits, float32, one thread by default.
 Hidden states: every arm multiplies student and teacher by the head, computes the losses and the gradient of the student's hidden
 states; its memory is the rise of the process's peak over what it held before, each arm in a process of its own.
-Arms take turns within each round, so that a change of the machine's speed meets all of them; medians are reported.
+Arms take turns within each round, so that a change of the machine's speed meets all of them; the first call of a turn is not
+counted, so that no arm pays for pages that another one gave back; medians are reported.
 
     python benchmarks/divergence.py [--rounds 5] [--threads 1] [--vocabulary 49152] [--hidden 576] [--memory-tokens 2048]
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from peak_memory import peak_bytes, reset_peak
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -83,10 +84,11 @@ def hidden_inputs(tokens: int, hidden: int, vocabulary: int) -> tuple[Tensor, Te
 
 
 def medians(arms: dict[str, Callable[[], tuple[Tensor, Tensor]]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each arm."""
+    """Median milliseconds of each arm, whose turn begins with a call that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(rounds):
         for name, arm in arms.items():
+            arm()
             start = time.perf_counter()
             arm()
             times[name].append((time.perf_counter() - start) * 1e3)
@@ -133,9 +135,10 @@ def memory_of(arm: str, tokens: int, hidden: int) -> int:
     """Bytes by which one call raises the peak of this process."""
     chosen = hidden_arms(*hidden_inputs(tokens, hidden, MEMORY_VOCABULARY))[arm]
     hidden_arms(*hidden_inputs(8, 8, 16))[arm]()  # what is loaded with the first call is not the call's
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reset_peak()
+    before = peak_bytes()
     chosen()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return peak_bytes() - before
 
 
 def measure_memory(tokens: int, hidden: int) -> Table:

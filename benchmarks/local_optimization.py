@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from peak_memory import peak_bytes, reset_peak
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -40,23 +40,6 @@ MIB = 1 << 20
 def fresh(model: PreTrainedModel) -> ModelTransforms:
     """Transforms at their starts."""
     return build_transforms(model_sizes(view_model(model)), ALL)
-
-
-def reset_peak() -> bool:
-    """Lowers the recorded peak of resident memory to what is resident now; tells whether that was possible."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_bytes() -> int:
-    """Peak of resident memory since the last reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure_closed_form(model: PreTrainedModel, repeats: int, libraries: int) -> tuple[LocalReport, dict[str, Any]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +11,9 @@ from torch import Tensor
 from fptquant import ops
 from fptquant.errors import UserError
 from fptquant.ops.divergence import KINDS
+from tests.memory import measurable
 from tests.ops.common import DTYPES, random
+from tests.program import run_python
 from tests.tolerances import UNIT, compute_dtype
 
 EMPTY = torch.empty(0)
@@ -131,20 +131,21 @@ def test_compiles_into_one_graph() -> None:
 
 
 MEMORY = """
-import resource, sys, torch
+import torch
 from fptquant import ops
+from tests.memory import memory
 student, teacher, weight = torch.randn(512, 16, requires_grad=True), torch.randn(512, 16), torch.randn(128256, 16)
 ops.linear_jsd(student[:2], teacher[:2], weight[:64]).sum().backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = memory("VmRSS")
 ops.linear_jsd(student, teacher, weight).sum().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(memory("VmHWM") - before)
 """
 
 
+@measurable
 def test_full_logits_never_exist() -> None:
     """512 tokens of 128,256: one of the two models' logits alone would be 250 MiB; two buffers and little else are allowed."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert int(done.stdout) * 1024 < module.CHUNK_BYTES + 32 * 2**20
+    assert 0 < int(run_python(MEMORY)) < module.CHUNK_BYTES + 32 * 2**20
 
 
 def test_edges() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +19,9 @@ from fptquant.config.schema import Config
 from fptquant.models.instrument import iter_quantizers
 from fptquant.stages import find_prefix
 from fptquant.stages.stream import calibrate_streamed
+from tests.memory import measurable
 from tests.models.tiny import ARCHITECTURES, SLIDING, tiny_model, token_ids
+from tests.program import run_python
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
 
 
@@ -249,9 +249,7 @@ import torch
 torch.set_num_threads(1)
 import fptquant as fq
 from fptquant.models.streaming import return_memory
-def memory(key):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
+from tests.memory import memory
 config = fq.load_config("fptquant-local", *sys.argv[5:])
 for number, model in enumerate(sys.argv[1:5]):  # the first imports and builds what is needed once
     return_memory()
@@ -263,7 +261,7 @@ for number, model in enumerate(sys.argv[1:5]):  # the first imports and builds w
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from /proc")
+@measurable
 def test_the_peak_of_memory_is_about_one_block_and_the_embedding(tmp_path: Path) -> None:
     """One block, six float64 copies of its largest weight to work with, and the embedding at most; more blocks need no more.
 
@@ -299,12 +297,6 @@ def test_the_command_line_streams(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, [*command[:-1], "--no-save"])
     assert refused.exit_code == 2
     assert "leave out --no-save" in refused.stderr
-
-
-def run_python(program: str, *arguments: object) -> str:
-    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize(
