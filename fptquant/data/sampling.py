@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fptquant.errors import UserError
+from fptquant.fingerprint import tensors_digest
 from fptquant.models.smollm2 import cache_folder as default_cache_folder
 from fptquant.stages.progress import Progress, quiet
-from fptquant.training.fingerprint import tensors_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -18,8 +18,8 @@ from fptquant.data.overlap import Passages
 from fptquant.data.sampling import SAMPLED_NAME, sample_windows
 from fptquant.data.text import Documents, Text, load_text, open_documents
 from fptquant.errors import UserError
+from fptquant.fingerprint import tensors_digest
 from fptquant.stages.progress import Progress, quiet
-from fptquant.training.fingerprint import tensors_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -18,6 +18,7 @@ from fptquant.config.schema import Config
 from fptquant.data.text import Text, load_text
 from fptquant.data.training import TrainingData
 from fptquant.data.windows import check_window, token_windows
+from fptquant.fingerprint import tensors_digest, weights_digest
 from fptquant.models.adapter import view_model
 from fptquant.models.instrument import check_instrument, instrument_for, load_ranges_, range_tensors, set_modes
 from fptquant.models.loading import check_finite_weights
@@ -36,7 +37,6 @@ from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges
 from fptquant.stages.student import attach_transforms_, untransformed
 from fptquant.stages.train import fingerprint, train_, training_data
 from fptquant.stages.untie import untie_
-from fptquant.training.fingerprint import tensors_digest, weights_digest
 from fptquant.transforms import ModelSizes, ModelTransforms, TransformOptions, build_transforms, check_transforms
 
 if TYPE_CHECKING:

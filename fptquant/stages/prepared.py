@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fptquant.training.checkpoint import check_same_run, of_kind, read_file, replace_file, to_bytes
+from fptquant.files import check_same_run, of_kind, read_file, replace_file, to_bytes
 
 PREPARED = "checkpoint-prepared.safetensors"
 

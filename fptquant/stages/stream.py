@@ -31,6 +31,8 @@ from fptquant.config.schema import Config
 from fptquant.data.text import Text
 from fptquant.diagnostics import diagnostics
 from fptquant.errors import UserError
+from fptquant.files import replace_file
+from fptquant.fingerprint import tensors_digest
 from fptquant.models.adapter import view_model
 from fptquant.models.instrument import get_context, instrument_for, range_tensors
 from fptquant.models.loading import check_finite_weight, load_tokenizer, local_folder
@@ -58,8 +60,6 @@ from fptquant.stages.progress import Progress as ProgressCallback
 from fptquant.stages.set_ranges import observe_windows_, set_weight_ranges_
 from fptquant.stages.stream_prefix import StreamedLook
 from fptquant.stages.stream_state import StreamState
-from fptquant.training.checkpoint import replace_file
-from fptquant.training.fingerprint import tensors_digest
 from fptquant.transforms import TransformOptions, build_transforms
 
 ROWS_AT_ONCE = 2048

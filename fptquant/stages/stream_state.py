@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fptquant.files import replace_file
 from fptquant.models.streaming import return_memory
-from fptquant.training.checkpoint import replace_file
 
 
 @dataclass

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fptquant import ops
 from fptquant.config.schema import LearningRates, TrainingConfig
 from fptquant.evaluation.hidden import first_nonfinite_module
+from fptquant.fingerprint import tensors_digest
 from fptquant.models.adapter import LINEAR_NAMES, view_model
 from fptquant.models.instrument import get_context, iter_quantizers
 from fptquant.models.merging import Merging
@@ -26,7 +27,6 @@ from fptquant.quantizers.quantizer import Quantizer
 from fptquant.quantizers.sites import kind_of
 from fptquant.stages.distributed import world_size
 from fptquant.stages.merge_transforms import BLOCK_SIDES, OUTPUT_SIDES, merge_blocks_, rotate_residual_
-from fptquant.training.fingerprint import tensors_digest
 from fptquant.transforms import BlockTransforms, ModelTransforms, ResidualRotation, Transform, ValueMixing
 from fptquant.transforms.value_mixing import hold_mixings, release_mixings
 

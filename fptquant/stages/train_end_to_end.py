@@ -25,6 +25,8 @@ from torch import Tensor
 from fptquant.config.differences import differences
 from fptquant.config.schema import WITHOUT_INFLUENCE, TrainingConfig
 from fptquant.errors import UserError
+from fptquant.files import check_same_run
+from fptquant.fingerprint import machine, tensors_digest
 from fptquant.stages.distributed import is_main, largest, on_main, own, rank, total, world_size
 from fptquant.stages.nonfinite import stop_if
 from fptquant.stages.progress import Progress, quiet, say, tell
@@ -33,11 +35,9 @@ from fptquant.training.checkpoint import (
     Checkpoint,
     Position,
     Randomness,
-    check_same_run,
     load_checkpoint,
     save_checkpoint,
 )
-from fptquant.training.fingerprint import machine, tensors_digest
 from fptquant.training.interruption import Interruption
 from fptquant.training.log import MetricsLog, check_tensorboard
 from fptquant.training.optimizer import GroupedAdamW

@@ -227,7 +227,7 @@ def test_another_run_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_what_costs_the_last_bits_only_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(Toy(), folder=tmp_path)
-    monkeypatch.setattr("fptquant.training.fingerprint.torch.get_num_threads", lambda: 77)
+    monkeypatch.setattr("fptquant.fingerprint.torch.get_num_threads", lambda: 77)
     with pytest.warns(RuntimeWarning, match=r"goes on elsewhere \(threads: 1, now 77\)"):
         report = run(Toy(), folder=tmp_path, resume=True)
     assert "elsewhere" in report.notices[0]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fptquant.errors import UserError
-from fptquant.training import checkpoint as module
+from fptquant import files as module
 from fptquant.training.checkpoint import CHECKPOINT, Checkpoint, Position, Randomness, load_checkpoint, save_checkpoint
 
 

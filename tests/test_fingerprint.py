@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fptquant.config.differences import differences
-from fptquant.training.fingerprint import machine, tensors_digest, weights_digest
+from fptquant.fingerprint import machine, tensors_digest, weights_digest
 
 
 def test_digests_see_values_shapes_and_dtypes() -> None:

@@ -1,0 +1,80 @@
+"""Files of unfinished work: safetensors with plain values in the metadata, written whole or not at all, and what they belong to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fptquant.config.differences import differences
+from fptquant.errors import UserError
+
+FORMAT = 1
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file beside ``path``, makes sure that it is on the disk, and renames it."""
+    beside = path.with_name(path.name + ".new")
+    write_through(beside, content)
+    beside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too
+    finally:
+        os.close(folder)
+
+
+def write_through(path: Path, content: bytes) -> None:
+    """Writes a file and waits until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def to_bytes(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> bytes:
+    """A safetensors file with plain values in its metadata."""
+    return save(dict(tensors), metadata={"fptquant": json.dumps({"format": FORMAT, **rest})})
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `to_bytes` was given.
+
+    Raises:
+        UserError: if the file is damaged or of another version.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            rest: dict[str, Any] = json.loads((file.metadata() or {})["fptquant"])
+            # Copies, because the library's tensors are views of the file, aligned as it happens.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  not a mapping
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); start the run anew with --overwrite") from error
+    if rest["format"] != FORMAT:
+        raise UserError(f"{path} is of another version of fptquant; go on with that one, or start the run anew with --overwrite")
+    return tensors, rest
+
+
+def check_same_run(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Compares what a file was written for with what it is read for.
+
+    Raises:
+        UserError: names what differs.
+    """
+    other = differences(saved, current)
+    if other:
+        raise UserError(
+            f"the checkpoint {path} belongs to another run ({'; '.join(other)}); set these as they were, "
+            "or start anew with --overwrite"
+        )
+
+
+def of_kind(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that are called ``kind/name``, by name."""
+    return {name.removeprefix(f"{kind}/"): value for name, value in tensors.items() if name.startswith(f"{kind}/")}
