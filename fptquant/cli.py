@@ -179,8 +179,8 @@ def run(
 ) -> None:
     """Calibrate a model, compare it with full precision, and write a run folder.
 
-    The folder holds the config, versions, metrics as JSON, the table as Markdown, plots, and the calibrated model. A run that
-    trains works in FOLDER.partial; if it is killed, the same command with --resume goes on from its last checkpoint.
+    The folder holds the config, versions, metrics as JSON, the table as Markdown, plots, and the calibrated model. It is
+    made as FOLDER.partial; if that takes long and is killed, the same command with --resume goes on, and has lost a minute at most.
     With --stream the folder is the calibrated model alone, and --resume goes on after the last finished block.
     """
     config = _load(file, overrides, output)
@@ -206,6 +206,7 @@ def evaluate(
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens of a window.")] = 1024,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for the table and metrics; none by default.")] = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Threads = None,
     debug: Debug = False,
@@ -213,7 +214,7 @@ def evaluate(
     """Evaluate calibrated models that were saved, in one table with full precision.
 
     The models come from one full-precision model. Perplexity, divergence from full precision and agreement are those of
-    fptquant run, on any text and any number of windows.
+    fptquant run, on any text and any number of windows. With --output, an evaluation that is killed goes on with --resume.
     """
     if windows != "all" and not (windows.isascii() and windows.isdigit() and int(windows) > 0):
         raise UserError(f"--windows {windows} is no number of windows; write at least 1, or all")
@@ -234,6 +235,7 @@ def evaluate(
             device=device,
             output=output,
             overwrite=overwrite,
+            resume=resume,
             progress=progress,
         )
     console = Console(highlight=False)

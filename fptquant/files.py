@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from fptquant.config.differences import differences
 from fptquant.errors import UserError
 
 FORMAT = 1
+WORTH_KEEPING = 60.0
+"""Seconds of work that must not be lost."""
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -36,6 +40,43 @@ def write_through(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+class KeptFiles:
+    """Files of finished work in one folder, which are written together when a minute has passed since the last time.
+
+    A run that is killed loses that minute; one that takes no longer writes nothing.
+    """
+
+    def __init__(self, folder: Path, seconds: float = WORTH_KEEPING) -> None:
+        self.folder, self.seconds = folder, seconds
+        self._waiting: dict[Path, Callable[[], bytes]] = {}
+        self._written = time.monotonic()
+
+    def file(self, name: str) -> KeptFile:
+        """One of the files, which need not exist."""
+        return KeptFile(self, self.folder / name)
+
+    def write(self, path: Path, content: Callable[[], bytes]) -> None:
+        """Writes the file when it is time; what it was to hold before is forgotten."""
+        self._waiting[path] = content
+        if time.monotonic() - self._written >= self.seconds:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for waiting, current in self._waiting.items():
+                replace_file(waiting, current())
+            self._waiting, self._written = {}, time.monotonic()
+
+
+@dataclass(frozen=True)
+class KeptFile:
+    """One file of `KeptFiles`."""
+
+    files: KeptFiles
+    path: Path
+
+    def write(self, content: Callable[[], bytes]) -> None:
+        """As `KeptFiles.write`."""
+        self.files.write(self.path, content)
 
 
 def to_bytes(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> bytes:

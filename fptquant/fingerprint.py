@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fptquant._core import build_info
 
@@ -37,6 +38,11 @@ def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:
         stride = max(1, flat.numel() // _SAMPLES)
         sha.update(f"{name} {tensors_digest(flat[::stride][:_SAMPLES])} {tuple(tensor.shape)};".encode())
     return sha.hexdigest()
+
+
+def model_digest(model: nn.Module) -> str:
+    """`weights_digest` of all parameters and buffers: quantizers' ranges, a prefix and the rest that decides what a model says."""
+    return weights_digest(chain(model.named_parameters(), model.named_buffers()))
 
 
 def machine(device: torch.device, processes: int) -> dict[str, Any]:

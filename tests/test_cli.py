@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from fptquant.cli import app
+from fptquant.evaluation import hidden
+from fptquant.files import KeptFiles
 from fptquant.stages import find_prefix
 from tests.tiny_folder import save_tiny_folder
 
@@ -63,6 +67,43 @@ def test_saved_models_are_evaluated_in_one_table(model: Path, tmp_path: Path) ->
         refused = invoke("evaluate", *arguments)
         assert refused.exit_code == 2, refused.output
         assert message in refused.stderr.replace("\n", " ")
+
+
+def test_a_killed_evaluation_goes_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run without training as of saved models."""
+    monkeypatch.setattr(KeptFiles.__init__, "__defaults__", (0.0,))
+    forward, last = hidden.last_hidden_states, [0]
+
+    def interrupt(*arguments: Any) -> Any:
+        last[0] -= 1
+        if last[0] == 0:
+            raise KeyboardInterrupt
+        return forward(*arguments)
+
+    monkeypatch.setattr("fptquant.evaluation.evaluate.last_hidden_states", interrupt)
+    run = ["run", "smoke", f"model={model}", "quantization=w4a8kv8-static", "evaluation.windows=3", "evaluation.window=32"]
+    assert invoke(*run, "--output", tmp_path / "whole").exit_code == 0
+    for arguments in (run, ["evaluate", tmp_path / "whole", "--text", "topics", "--windows", "3", "--window", "32"]):
+        last[0] = 3
+        killed = invoke(*arguments, "--output", tmp_path / "killed")
+        assert killed.exit_code == 130, killed.output
+        assert "the same command with --resume goes on" in killed.output.replace("\n", " ")
+        assert (tmp_path / "killed.partial").is_dir()
+        assert "unfinished run" in invoke(*arguments, "--output", tmp_path / "killed").stderr.replace("\n", " ")
+        last[0] = 3
+        done = invoke(*arguments, "--output", tmp_path / "killed", "--resume")
+        assert done.exit_code == 0, done.output
+        assert last[0] == 2  # one window was left
+        assert [_without_seconds(entry["evaluation"]) for entry in results(tmp_path / "killed")] == [
+            _without_seconds(entry["evaluation"]) for entry in results(tmp_path / "whole")
+        ]
+        assert not list((tmp_path / "killed").rglob("checkpoint*"))
+        shutil.rmtree(tmp_path / "killed")
+
+
+def results(run: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((run / "metrics.json").read_text())["results"]
+    return found
 
 
 def _without_seconds(evaluation: dict[str, object]) -> dict[str, object]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,9 +17,12 @@ from fptquant.data.windows import check_window, token_windows
 from fptquant.errors import UserError
 from fptquant.evaluation.hidden import check_finite, last_hidden_states, logit_chunks, output_head
 from fptquant.evaluation.metrics import relative_error
+from fptquant.evaluation.scores import Score, read_scores, write_scores
 from fptquant.evaluation.teacher import ProgressCallback, TeacherCache
+from fptquant.files import KeptFile, KeptFiles
+from fptquant.fingerprint import model_digest, tensors_digest
 from fptquant.models.prefix import prefix_length
-from fptquant.stages.distributed import gathered, own
+from fptquant.stages.distributed import gathered, own, world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,21 +46,6 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
-
-
-@dataclass
-class _Sums:
-    """Running sums in fp64."""
-
-    nll: float = 0.0
-    jsd: float = 0.0
-    agreed: int = 0
-    tokens: int = 0
-
-    def of_all(self) -> _Sums:
-        """The sums of all processes together."""
-        every = gathered(self)
-        return _Sums(*(sum(getattr(one, part.name) for one in every) for part in fields(_Sums)))
 
 
 def evaluation_windows(
@@ -114,23 +103,26 @@ def build_reference(
     window: int = 1024,
     progress: ProgressCallback | None = None,
     shared: bool = False,
+    kept: KeptFiles | None = None,
 ) -> tuple[TeacherCache, Evaluation]:
     """What the full-precision model says on the evaluation text, and its own evaluation; errors as in `evaluate`.
 
     Args:
         shared: every process takes its share of the windows, and gets the evaluation of all.
+        kept: where windows are kept when they are done, and found again.
     """
     tokens, name = evaluation_windows(model, tokenizer, text, windows, window)
     if shared:
         tokens = own(tokens)
-    cache = TeacherCache.from_model(model, tokens, text_name=name, progress=progress)
-    start = time.perf_counter()
-    sums = _Sums()
-    for index, window_tokens in enumerate(tokens):
-        _score_window(model, cache.head, window_tokens, cache.hidden[index], None, index, sums)
-    sums.agreed = sums.tokens
-    sums = sums.of_all() if shared else sums
-    return cache, _evaluation(sums, cache.seconds + time.perf_counter() - start, name, compared=True)
+    cache = TeacherCache.from_model(model, tokens, text_name=name, progress=progress, kept=kept)
+
+    def score(index: int) -> Score:
+        found = _score_window(model, cache.head, tokens[index], cache.hidden[index], None, index)
+        return replace(found, agreed=found.tokens)
+
+    file = None if kept is None else kept.file("scores.json")
+    scores = _scores(model, tokens, None, score, "full precision: perplexity", file, progress)
+    return cache, _evaluation([*scores, Score(seconds=cache.seconds)], name, compared=True, shared=shared)
 
 
 @torch.inference_mode()
@@ -142,11 +134,13 @@ def evaluate_windows(
     reference: TeacherCache | None = None,
     progress: ProgressCallback | None = None,
     shared: bool = False,
+    kept: KeptFile | None = None,
 ) -> Evaluation:
     """`evaluate` on windows of tokens that are at hand.
 
     Args:
         shared: these windows are this process's share; the result is that of all processes.
+        kept: where the score of each window is kept when it is known, and found again.
 
     Shape:
         tokens: [windows, window], int64
@@ -156,17 +150,42 @@ def evaluate_windows(
             f"the reference was computed on {reference.text_name}, {list(reference.tokens.shape)} tokens, the model is "
             f"evaluated on {text_name}, {list(tokens.shape)} tokens; build it with the same text, windows and window"
         )
-    start = time.perf_counter()
-    sums = _Sums()
     head = output_head(model)
-    for index, window in enumerate(tokens):
+
+    def score(index: int) -> Score:
+        return _score_window(model, head, tokens[index], last_hidden_states(model, tokens[index]), reference, index)
+
+    scores = _scores(model, tokens, reference, score, "evaluation", kept, progress)
+    return _evaluation(scores, text_name, compared=reference is not None, shared=shared)
+
+
+def _scores(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    reference: TeacherCache | None,
+    score: Callable[[int], Score],
+    what: str,
+    kept: KeptFile | None,
+    progress: ProgressCallback | None,
+) -> list[Score]:
+    """The score of every window; those that a file has kept are not asked for again."""
+    belongs_to: dict[str, str] = {}
+    scores: list[Score] = []
+    if kept is not None:
+        said = "" if reference is None else reference.digest()
+        belongs_to = {"model": model_digest(model), "tokens": tensors_digest(tokens), "reference": said}
+        scores = read_scores(kept, belongs_to)
+    for index in range(len(scores), len(tokens)):
         if progress is not None:
-            progress(index, len(tokens), "evaluation")
-        _score_window(model, head, window, last_hidden_states(model, window), reference, index, sums)
+            progress(index, len(tokens), what)
+        start = time.perf_counter()
+        found = score(index)
+        scores.append(replace(found, seconds=time.perf_counter() - start))
+        if kept is not None:
+            write_scores(kept, belongs_to, scores)
     if progress is not None:
-        progress(len(tokens), len(tokens), "evaluation")
-    sums = sums.of_all() if shared else sums
-    return _evaluation(sums, time.perf_counter() - start, text_name, compared=reference is not None)
+        progress(len(tokens), len(tokens), what)
+    return scores
 
 
 @torch.inference_mode()
@@ -177,32 +196,34 @@ def _score_window(
     hidden: Tensor,
     reference: TeacherCache | None,
     index: int,
-    sums: _Sums,
-) -> None:
-    """Adds one window to the sums; every position but the last predicts the token after it."""
+) -> Score:
+    """The sums of one window; every position but the last predicts the token after it."""
+    sum_nll, sum_jsd, agreed, count = 0.0, 0.0, 0, 0
     vocabulary = int(model.config.vocab_size)
     targets = window[1:].to(hidden.device)
     teacher = None if reference is None else reference.hidden[index, :-1]
     for where, logits in logit_chunks(head, vocabulary, hidden[:-1]):
         nll = ops.cross_entropy(logits, targets[where])
         check_finite(model, window, nll, where.start, index)
-        sums.nll += float(nll.sum(dtype=torch.float64))
-        sums.tokens += len(logits)
+        sum_nll += float(nll.sum(dtype=torch.float64))
+        count += len(logits)
         if reference is None or teacher is None:
             continue
         expected = reference.head(teacher[where]).to(logits)  # the reference may be on another device
-        sums.jsd += float(ops.divergence(logits, expected, kind="jsd").sum(dtype=torch.float64))
-        sums.agreed += int((logits.argmax(-1) == expected.argmax(-1)).sum())
+        sum_jsd += float(ops.divergence(logits, expected, kind="jsd").sum(dtype=torch.float64))
+        agreed += int((logits.argmax(-1) == expected.argmax(-1)).sum())
+    return Score(sum_nll, sum_jsd, agreed, count)
 
 
-def _evaluation(sums: _Sums, seconds: float, text_name: str, *, compared: bool) -> Evaluation:
+def _evaluation(scores: Sequence[Score], text_name: str, *, compared: bool, shared: bool) -> Evaluation:
+    sums = Score.of_all(gathered(Score.of_all(scores)) if shared else scores)
     mean = sums.nll / sums.tokens
     return Evaluation(
         perplexity=math.exp(mean) if mean < 700 else math.inf,
         jsd=sums.jsd / sums.tokens if compared else None,
         top1_agreement=sums.agreed / sums.tokens if compared else None,
         tokens=sums.tokens,
-        seconds=seconds,
+        seconds=sums.seconds / world_size() if shared else sums.seconds,
         text_name=text_name,
     )
 

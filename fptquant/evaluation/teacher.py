@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fptquant.evaluation.hidden import last_hidden_states, output_head
+from fptquant.files import KeptFiles, read_file, to_bytes
+from fptquant.fingerprint import model_digest, tensors_digest, weights_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,26 +39,65 @@ class TeacherCache:
     seconds: float
     """Time that the forward passes took."""
 
+    def digest(self) -> str:
+        """Tells what one model said from what others said."""
+        return weights_digest([("hidden", self.hidden), *self.head.named_parameters()])
+
     @classmethod
     def from_model(
-        cls, model: PreTrainedModel, tokens: Tensor, *, text_name: str, progress: ProgressCallback | None = None
+        cls,
+        model: PreTrainedModel,
+        tokens: Tensor,
+        *,
+        text_name: str,
+        progress: ProgressCallback | None = None,
+        kept: KeptFiles | None = None,
     ) -> TeacherCache:
         """Runs the model on every window once.
+
+        Args:
+            kept: where the states of each window are kept when they are known, and found again.
 
         Shape:
             tokens: [windows, window], int64
         """
         head = output_head(model)
-        start = time.perf_counter()
+        states = _States(model, kept)
         hidden = []
         for index, window in enumerate(tokens):
             if progress is not None:
                 progress(index, len(tokens), "full precision")
-            hidden.append(last_hidden_states(model, window))
+            hidden.append(states.of(window))
         if progress is not None:
             progress(len(tokens), len(tokens), "full precision")
+        return cls(text_name, tokens, torch.stack(hidden), _copy_head(head), model.config.vocab_size, states.seconds)
+
+
+class _States:
+    """A model's last hidden states of windows, each in a file of its own if they are kept."""
+
+    def __init__(self, model: PreTrainedModel, kept: KeptFiles | None) -> None:
+        self.model, self.kept = model, kept
+        self.weights = "" if kept is None else model_digest(model)
+        self.seconds = 0.0
+        """Time that the forward passes took, when they were made."""
+
+    def of(self, window: Tensor) -> Tensor:
+        """[window, hidden_size]"""
+        file = None if self.kept is None else self.kept.file(f"{tensors_digest(window)[:32]}.safetensors")
+        if file is not None and file.path.is_file():
+            tensors, rest = read_file(file.path)
+            if rest["weights"] == self.weights:
+                self.seconds += rest["seconds"]
+                return tensors["hidden"].to(self.model.device)
+        start = time.perf_counter()
+        hidden = last_hidden_states(self.model, window)
         seconds = time.perf_counter() - start
-        return cls(text_name, tokens, torch.stack(hidden), _copy_head(head), model.config.vocab_size, seconds)
+        self.seconds += seconds
+        if file is not None:
+            rest = {"weights": self.weights, "seconds": seconds}
+            file.write(lambda: to_bytes({"hidden": hidden.cpu().contiguous()}, rest))
+        return hidden
 
 
 def _copy_head(head: nn.Module) -> nn.Module:

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fptquant.config.labels import AUTO_PREFIX
 from fptquant.config.schema import Config
 from fptquant.diagnostics import diagnostics
 from fptquant.evaluation.evaluate import build_reference, evaluate_windows, evaluation_windows
 from fptquant.evaluation.teacher import ProgressCallback, TeacherCache
+from fptquant.files import KeptFiles
 from fptquant.models.adapter import view_model
 from fptquant.models.loading import load_model
 from fptquant.reports.plots import plot_activations, plot_block_errors, plot_outliers
 from fptquant.reports.processes import resolve_device
 from fptquant.reports.progress import Labeled
-from fptquant.reports.run_folder import run_folder, write_json
+from fptquant.reports.run_folder import write_json
 from fptquant.reports.statistics import (
     ActivationStatistics,
     ResidualTrace,
@@ -31,7 +33,7 @@ from fptquant.reports.statistics import (
     trace_residuals,
 )
 from fptquant.reports.table import Row, markdown_table
-from fptquant.reports.unfinished_run import check_run, config_files, lasting_run_folder, note_checkpoint
+from fptquant.reports.unfinished_run import EVALUATION, check_run, config_files, lasting_run_folder, note_checkpoint
 from fptquant.stages.calibrate import CalibrationResult, calibrate, calibration_windows, check_model
 from fptquant.stages.distributed import is_main, main_first, main_holds, on_main, world_size
 from fptquant.stages.find_prefix import check_prefix, with_prefix
@@ -77,6 +79,8 @@ class Baseline:
     cache: TeacherCache
     shared: bool
     """Whether the cache holds this process's share of the evaluation windows, and not all of them."""
+    kept: KeptFiles | None
+    """Where the scores of evaluation windows are kept; nowhere if there are several processes."""
     row: Row
     trace: ResidualTrace
     activations: ActivationStatistics
@@ -121,11 +125,15 @@ def run_experiment(
         model, tokenizer = load_model(first.model, dtype=DTYPES[first.dtype], device=device)
         for config in configs:
             preflight(model, tokenizer, config)
-    on_main(lambda: check(_needed_bytes(model, len(configs) if save else 0)))
-    baseline = _measure_baseline(model, tokenizer, first, progress)
+    settings = first.evaluation
+    windows, _ = evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)
+    on_main(lambda: check(_needed_bytes(model, windows, len(configs) if save else 0)))
     with _results_folder(configs, output, overwrite=overwrite, resume=resume) as folder:
         if is_main():
             (folder / "plots").mkdir()
+        kept = KeptFiles(folder / EVALUATION) if world_size() == 1 else None
+        shared = 1 < world_size() <= len(windows)
+        baseline = _measure_baseline(model, tokenizer, first, shared, kept, progress)
         outcomes = []
         for index, config in enumerate(configs):
             # Magnitudes before rounding hardly depend on the setting: one picture for each method says it.
@@ -145,8 +153,6 @@ def _results_folder(configs: Sequence[Config], output: str | Path, *, overwrite:
     """The folder that the run is written into, by the main process; the errors of all say how the run goes on."""
 
     def folder() -> AbstractContextManager[Path]:
-        if all(config.training is None for config in configs):
-            return run_folder(output, overwrite=overwrite)
         return lasting_run_folder(output, config_files(configs), overwrite=overwrite, resume=resume)
 
     with main_holds(folder) as path:
@@ -172,27 +178,36 @@ def preflight(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
     evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)
 
 
-def _needed_bytes(model: PreTrainedModel, saved: int) -> int:
+def _needed_bytes(model: PreTrainedModel, windows: Tensor, saved: int) -> int:
+    states = windows.numel() * int(model.config.hidden_size) * model.dtype.itemsize
     parameters = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     # Untying adds a head as large as the embedding, at most as much again; the smaller files are within the rest.
     embedding = view_model(model).embedding.weight
-    return _REPORT_BYTES + saved * int(1.05 * (parameters + embedding.numel() * embedding.element_size()))
+    return _REPORT_BYTES + states + saved * int(1.05 * (parameters + embedding.numel() * embedding.element_size()))
 
 
 def _measure_baseline(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, progress: ProgressCallback
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    shared: bool,
+    kept: KeptFiles | None,
+    progress: ProgressCallback,
 ) -> Baseline:
     settings = config.evaluation
-    shared = False
-    if world_size() > 1:
-        windows, _ = evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)
-        shared = len(windows) >= world_size()
     cache, evaluation = build_reference(
-        model, tokenizer, text=settings.text, windows=settings.windows, window=settings.window, progress=progress, shared=shared
+        model,
+        tokenizer,
+        text=settings.text,
+        windows=settings.windows,
+        window=settings.window,
+        progress=progress,
+        shared=shared,
+        kept=kept,
     )
     tokens = cache.tokens[0, :_PLOT_TOKENS]
     row = Row("full precision", config.dtype, evaluation, evaluation.seconds)
-    return Baseline(model, tokenizer, cache, shared, row, trace_residuals(model, tokens), collect_activations(model, tokens))
+    return Baseline(model, tokenizer, cache, shared, kept, row, trace_residuals(model, tokens), collect_activations(model, tokens))
 
 
 def _run_config(
@@ -210,7 +225,7 @@ def _run_config(
     labeled = Labeled(progress, f"{config.name} {config.quantization.label}: " if several else "")
     name = f"{config.name}-{config.quantization.label}"
     start = time.perf_counter()
-    work = folder / "training" / name if several and config.training is not None else folder
+    work = folder / "training" / name if several else folder
     if is_main():
         work.mkdir(parents=True, exist_ok=True)
     searched = None
@@ -225,7 +240,13 @@ def _run_config(
         baseline.prefixes[searched] = result.config.quantization.prefix  # type: ignore[assignment]
     cache = baseline.cache
     evaluation = evaluate_windows(
-        result.model, cache.tokens, text_name=cache.text_name, reference=cache, progress=labeled, shared=baseline.shared
+        result.model,
+        cache.tokens,
+        text_name=cache.text_name,
+        reference=cache,
+        progress=labeled,
+        shared=baseline.shared,
+        kept=None if baseline.kept is None else baseline.kept.file(f"{name}.json"),
     )
     row = Row(config.name, result.config.quantization.setting, evaluation, time.perf_counter() - start)
     tokens = cache.tokens[0, :_PLOT_TOKENS]

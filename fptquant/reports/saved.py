@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
+import yaml
 
 from fptquant.config.loading import dump_config, load_config
 from fptquant.config.schema import Config
@@ -15,13 +18,15 @@ from fptquant.diagnostics import diagnostics
 from fptquant.errors import UserError
 from fptquant.evaluation.evaluate import build_reference, evaluate_windows
 from fptquant.evaluation.teacher import ProgressCallback
+from fptquant.files import KeptFiles
 from fptquant.models.loading import load_model
 from fptquant.models.saving import check_saved, load_calibrated
 from fptquant.reports.experiment import DTYPES, row_dict
 from fptquant.reports.processes import resolve_device
 from fptquant.reports.progress import Labeled
-from fptquant.reports.run_folder import check_output, run_folder, write_json
+from fptquant.reports.run_folder import write_json
 from fptquant.reports.table import Row, markdown_table
+from fptquant.reports.unfinished_run import EVALUATION, lasting_run_folder
 
 
 def find_saved(path: str | Path) -> Path:
@@ -66,6 +71,7 @@ def evaluate_saved(
     device: str = "auto",
     output: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: ProgressCallback,
 ) -> list[Row]:
     """The rows of one table: the full-precision model, and each of the saved ones, on the same text.
@@ -73,30 +79,47 @@ def evaluate_saved(
     Args:
         paths: run folders, or folders that ``CalibrationResult.save`` or `fptquant.calibrate_streamed` wrote.
         output: a folder for table, metrics and configs; none is written by default.
+        resume: go on with an evaluation into the same folder that was killed.
 
     Raises:
         UserError: before any long work, as `check_evaluation`, and if the text is too short or the output cannot be written.
     """
     configs = check_evaluation(paths)
-    if output is not None:
-        check_output(output, overwrite=overwrite)
-    first, where = next(iter(configs.values())), resolve_device(device)
-    model, tokenizer = load_model(first.model, dtype=DTYPES[first.dtype], device=where)
+    asked = {"text": text, "windows": windows, "window": window}
+    if output is None:
+        if resume:
+            raise UserError("only an evaluation with an output folder leaves what can be gone on with; leave out --resume")
+        return _evaluate(configs, asked, resolve_device(device), None, progress)
+    description = {"evaluation.yaml": yaml.safe_dump({**asked, "models": [str(folder) for folder in configs]}, sort_keys=False)}
+    with lasting_run_folder(output, description, overwrite=overwrite, resume=resume, lasting=()) as folder:
+        rows = _evaluate(configs, asked, resolve_device(device), KeptFiles(folder / EVALUATION), progress)
+        _write(folder, configs, rows, device)
+    return rows
+
+
+def _evaluate(
+    configs: Mapping[Path, Config],
+    asked: Mapping[str, Any],
+    device: torch.device,
+    kept: KeptFiles | None,
+    progress: ProgressCallback,
+) -> list[Row]:
+    first = next(iter(configs.values()))
+    model, tokenizer = load_model(first.model, dtype=DTYPES[first.dtype], device=device)
     longest = max(len(config.quantization.prefix or ()) for config in configs.values())
-    check_window(model.config, window + longest, f"the evaluation window with a prefix of {longest} tokens")
-    cache, evaluation = build_reference(model, tokenizer, text=text, windows=windows, window=window, progress=progress)
+    check_window(model.config, asked["window"] + longest, f"the evaluation window with a prefix of {longest} tokens")
+    cache, evaluation = build_reference(model, tokenizer, **asked, progress=progress, kept=kept)
     rows = [Row("full precision", first.dtype, evaluation, evaluation.seconds)]
     del model
-    for folder, config in configs.items():
+    for number, (folder, config) in enumerate(configs.items(), start=1):
         started = time.perf_counter()
-        calibrated, _ = load_calibrated(folder, device=str(where))
+        calibrated, _ = load_calibrated(folder, device=str(device))
         labeled = Labeled(progress, f"{config.name} {config.quantization.label}: ")
-        found = evaluate_windows(calibrated, cache.tokens, text_name=cache.text_name, reference=cache, progress=labeled)
+        file = None if kept is None else kept.file(f"{number}.json")
+        found = evaluate_windows(calibrated, cache.tokens, text_name=cache.text_name, reference=cache, progress=labeled, kept=file)
         seconds = _calibration_seconds(folder) + time.perf_counter() - started
         rows.append(Row(config.name, config.quantization.setting, found, seconds))
         del calibrated
-    if output is not None:
-        _write(output, configs, rows, str(where), overwrite=overwrite)
     return rows
 
 
@@ -105,16 +128,15 @@ def _calibration_seconds(folder: Path) -> float:
     return float(metrics["seconds"])
 
 
-def _write(output: str | Path, configs: dict[Path, Config], rows: Sequence[Row], device: str, *, overwrite: bool) -> None:
+def _write(folder: Path, configs: Mapping[Path, Config], rows: Sequence[Row], device: str) -> None:
     model = next(iter(configs.values())).model
-    with run_folder(output, overwrite=overwrite) as folder:
-        (folder / "table.md").write_text(markdown_table(rows, title=f"evaluation: {model}"), encoding="utf-8")
-        (folder / "configs").mkdir()
-        for number, config in enumerate(configs.values(), start=1):
-            file = folder / "configs" / f"{number}-{config.name}-{config.quantization.label}.yaml"
-            file.write_text(dump_config(config), encoding="utf-8")
-        write_json(folder / "environment.json", {**diagnostics(), "device": device})
-        results = [row_dict(row) for row in rows]
-        for result, path in zip(results[1:], configs, strict=True):
-            result["folder"] = str(path)
-        write_json(folder / "metrics.json", {"title": "evaluation", "model": model, "results": results})
+    (folder / "table.md").write_text(markdown_table(rows, title=f"evaluation: {model}"), encoding="utf-8")
+    (folder / "configs").mkdir()
+    for number, config in enumerate(configs.values(), start=1):
+        file = folder / "configs" / f"{number}-{config.name}-{config.quantization.label}.yaml"
+        file.write_text(dump_config(config), encoding="utf-8")
+    write_json(folder / "environment.json", {**diagnostics(), "device": device})
+    results = [row_dict(row) for row in rows]
+    for result, path in zip(results[1:], configs, strict=True):
+        result["folder"] = str(path)
+    write_json(folder / "metrics.json", {"title": "evaluation", "model": model, "results": results})

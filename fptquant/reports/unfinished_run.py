@@ -1,8 +1,9 @@
 """Folders of runs that may be killed: what was done stays in ``NAME.partial`` beside the output until the run is finished.
 
 runs/mine.partial/config.yaml       what is run (configs/ where several are compared)
-runs/mine.partial/checkpoint*       from where it goes on: of training (`fptquant.training.checkpoint`), a folder where a model
-                                    larger than memory is calibrated (`fptquant.stages.stream`)
+runs/mine.partial/checkpoint*       from where it goes on: of training (`fptquant.training.checkpoint`) and the stages before it
+                                    (`fptquant.stages.prepared`); folders of evaluations (`fptquant.evaluation.scores`), and where a
+                                    model larger than memory is calibrated (`fptquant.stages.stream`)
 runs/mine.partial/metrics.jsonl     what training has seen so far
 and whatever else was written. In the end, the folder without its checkpoints is renamed to runs/mine.
 """
@@ -26,6 +27,8 @@ from fptquant.reports.run_folder import RUN_MARKER, check_output, disk_errors, m
 
 CHECKPOINT = "checkpoint"
 """Names that begin so belong to the unfinished run alone; a file of this name, whatever its suffix, makes it worth keeping."""
+EVALUATION = f"{CHECKPOINT}-evaluation"
+"""Folder of what evaluations have found so far."""
 _OF_TRAINING = ("metrics.jsonl", "tensorboard", "training")
 """What the next part of a run that trains needs besides its checkpoints; everything else is made again."""
 _KEPT = "what was written until the last checkpoint is kept"
@@ -70,7 +73,7 @@ def check_run(
         if not partial.is_dir():
             if (Path(path) / RUN_MARKER).is_file():
                 raise UserError(f"the run {path} is finished; leave out --resume and give --overwrite to run it again")
-            raise UserError(f"there is no unfinished run {partial} (only runs that train or stream leave one); leave out --resume")
+            raise UserError(f"there is no unfinished run {partial} (it takes a minute to leave one); leave out --resume")
         _check_description(partial, description)
     elif partial.exists() and not overwrite:
         raise UserError(f"{partial} holds an unfinished run; go on with --resume, or start anew with --overwrite")
@@ -127,6 +130,7 @@ def lasting_run_folder(
                 yield partial
                 for checkpoint in list(partial.rglob(f"{CHECKPOINT}*")):
                     _remove(checkpoint)
+                remove_empty([*partial.glob("training"), *partial.glob("training/*")])
                 replace_folder(target, partial)
         except BaseException as error:
             if not note_checkpoint(error, partial):
@@ -149,7 +153,7 @@ def _prepare(partial: Path, description: Description, lasting: Collection[str], 
 
 def note_checkpoint(error: BaseException, partial: Path) -> bool:
     """Adds to an error how the run in this folder goes on, if it has a checkpoint; returns whether it has."""
-    found = any(path.is_file() for path in partial.rglob(f"{CHECKPOINT}.*"))
+    found = any(path.is_file() for path in (*partial.rglob(f"{CHECKPOINT}[.-]*"), *partial.rglob(f"{EVALUATION}/*")))
     if found:
         error.add_note(f"the run until its last checkpoint is kept in {partial}: the same command with --resume goes on")
     return found

@@ -18,6 +18,7 @@ from fptquant.config.schema import Config
 from fptquant.data.text import Text, load_text
 from fptquant.data.training import TrainingData
 from fptquant.data.windows import check_window, token_windows
+from fptquant.files import WORTH_KEEPING
 from fptquant.fingerprint import tensors_digest, weights_digest
 from fptquant.models.adapter import view_model
 from fptquant.models.instrument import check_instrument, instrument_for, load_ranges_, range_tensors, set_modes
@@ -198,8 +199,9 @@ def calibrate(
 
     Args:
         text: calibration text instead of ``config.calibration.text``.
-        folder: where training keeps its checkpoint and metrics.jsonl; nowhere by default.
-        resume: go on from the checkpoint in ``folder``, if there is one.
+        folder: where training keeps its checkpoint and metrics.jsonl, and the stages before it what they have found; nowhere by
+            default.
+        resume: go on from what is kept in ``folder``.
         progress: called as ``progress(done, total, description)``; a progress bar by default.
 
     Raises:
@@ -237,17 +239,18 @@ def _calibrate_(
     calibrated.train(False)
     calibrated.requires_grad_(False)
     # before anything is merged: merged weights differ in the last bits from machine to machine
-    weights = "" if data is None else weights_digest(calibrated.named_parameters())
-    file = None if data is None or folder is None else folder / PREPARED
+    weights = "" if data is None and folder is None else weights_digest(calibrated.named_parameters())
+    file = None if folder is None else folder / PREPARED
     belongs_to = {**fingerprint(config, weights), "seed": config.seed, "windows": tensors_digest(windows)}
     earlier = on_main(lambda: load_prepared(file, belongs_to)) if file is not None and resume else None
     stage = _Stages({} if earlier is None else earlier.seconds)
     config, transforms, report = _prepare_(calibrated, tokenizer, config, sizes, windows, earlier, stage, progress)
+    long = data is not None or sum(stage.seconds.values()) >= WORTH_KEEPING
+    if file is not None and earlier is None and long and is_main():
+        prefix = cast("list[int] | None", config.quantization.prefix)
+        found = Prepared(transforms.state_dict(), range_tensors(calibrated), prefix, report, stage.seconds)
+        save_prepared(file, found, belongs_to)
     if data is not None:
-        if file is not None and earlier is None and is_main():
-            prefix = cast("list[int] | None", config.quantization.prefix)
-            found = Prepared(transforms.state_dict(), range_tensors(calibrated), prefix, report, stage.seconds)
-            save_prepared(file, found, belongs_to)
         with stage("end-to-end training"):
             report["training"] = train_(
                 calibrated, transforms, config, data, weights=weights, folder=folder, resume=resume, progress=progress

@@ -1,4 +1,4 @@
-"""What is known when training begins, kept beside its checkpoint: a run that goes on does not find it again."""
+"""What the stages before training have found, kept in a file: a run that goes on does not find it again."""
 
 from __future__ import annotations
 

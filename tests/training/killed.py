@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from fptquant import files as module
 from fptquant.config.schema import TrainingConfig
 from fptquant.stages.train_end_to_end import train_end_to_end_
-from fptquant import files as module
 from tests.training.toy import Toy, windows
 
 STEPS = 40

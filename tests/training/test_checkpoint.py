@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fptquant.errors import UserError
 from fptquant import files as module
+from fptquant.errors import UserError
 from fptquant.training.checkpoint import CHECKPOINT, Checkpoint, Position, Randomness, load_checkpoint, save_checkpoint
 
 
