@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ from torch import Tensor
 from fptquant.errors import UserError
 from fptquant.hub import hub_can_be_reached
 from fptquant.models.adapter import adapter_for
+from fptquant.models.quiet import quiet_weight_bars
 from fptquant.models.smollm2 import SMOLLM2_NAME, smollm2_folder
 
 if TYPE_CHECKING:
@@ -207,20 +206,6 @@ def _load(source: str, dtype: torch.dtype, cached_only: bool) -> tuple[PreTraine
     if info["missing_keys"]:  # and here
         raise UserError(f"{source} lacks {len(info['missing_keys'])} tensors, {sorted(info['missing_keys'])[0]} among them")
     return model, tokenizer
-
-
-@contextmanager
-def quiet_weight_bars() -> Iterator[None]:
-    """Hides the model library's bar over the tensors of a checkpoint, which takes a second, for a while."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def check_finite_weights(model: PreTrainedModel) -> None:

