@@ -50,6 +50,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: 
     assert log_of(killed) == log_of(whole)
     assert len(log_of(whole)) == 10 + 5
     assert results_of(killed) == results_of(whole)
+    calibration = json.loads((killed / "metrics.json").read_text())["results"][1]["calibration"]
+    assert calibration["seconds"] >= calibration["stages"]["end-to-end training"] >= calibration["training"]["seconds"]
     files = [path.relative_to(whole) for path in whole.rglob("*.safetensors")]
     assert sorted(path.name for path in files) == ["model.safetensors", "quantizers.safetensors", "transforms.safetensors"]
     for path in files:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -224,7 +223,6 @@ def _run_config(
 ) -> Outcome:
     labeled = Labeled(progress, f"{config.name} {config.quantization.label}: " if several else "")
     name = f"{config.name}-{config.quantization.label}"
-    start = time.perf_counter()
     work = folder / "training" / name if several else folder
     if is_main():
         work.mkdir(parents=True, exist_ok=True)
@@ -248,7 +246,7 @@ def _run_config(
         shared=baseline.shared,
         kept=None if baseline.kept is None else baseline.kept.file(f"{name}.json"),
     )
-    row = Row(config.name, result.config.quantization.setting, evaluation, time.perf_counter() - start)
+    row = Row(config.name, result.config.quantization.setting, evaluation, result.metrics["seconds"] + evaluation.seconds)
     tokens = cache.tokens[0, :_PLOT_TOKENS]
     errors = block_errors(baseline.trace, trace_residuals(result.model, tokens))
     if plot and is_main():

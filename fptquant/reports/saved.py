@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -112,13 +111,11 @@ def _evaluate(
     rows = [Row("full precision", first.dtype, evaluation, evaluation.seconds)]
     del model
     for number, (folder, config) in enumerate(configs.items(), start=1):
-        started = time.perf_counter()
         calibrated, _ = load_calibrated(folder, device=str(device))
         labeled = Labeled(progress, f"{config.name} {config.quantization.label}: ")
         file = None if kept is None else kept.file(f"{number}.json")
         found = evaluate_windows(calibrated, cache.tokens, text_name=cache.text_name, reference=cache, progress=labeled, kept=file)
-        seconds = _calibration_seconds(folder) + time.perf_counter() - started
-        rows.append(Row(config.name, config.quantization.setting, found, seconds))
+        rows.append(Row(config.name, config.quantization.setting, found, _calibration_seconds(folder) + found.seconds))
         del calibrated
     return rows
 

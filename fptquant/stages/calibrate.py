@@ -43,6 +43,9 @@ from fptquant.transforms import ModelSizes, ModelTransforms, TransformOptions, b
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TRAINING = "end-to-end training"
+"""The stage that reports how long it worked in all parts of a run."""
+
 
 @dataclass(frozen=True)
 class CalibrationResult:
@@ -251,11 +254,14 @@ def _calibrate_(
         found = Prepared(transforms.state_dict(), range_tensors(calibrated), prefix, report, stage.seconds)
         save_prepared(file, found, belongs_to)
     if data is not None:
-        with stage("end-to-end training"):
+        with stage(TRAINING):
             report["training"] = train_(
                 calibrated, transforms, config, data, weights=weights, folder=folder, resume=resume, progress=progress
             )
-    metrics = {"seconds": time.perf_counter() - start, "stages": stage.seconds, "calibration_tokens": windows.numel(), **report}
+        # of all parts of a run that was killed and went on
+        stage.seconds[TRAINING] = max(stage.seconds[TRAINING], report["training"]["seconds"])
+    seconds = max(time.perf_counter() - start, sum(stage.seconds.values()))
+    metrics = {"seconds": seconds, "stages": stage.seconds, "calibration_tokens": windows.numel(), **report}
     return CalibrationResult(calibrated, tokenizer, config, transforms, metrics)
 
 
