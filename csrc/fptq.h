@@ -329,6 +329,22 @@ struct fptq_cross_entropy {
 };
 FPTQ_EXPORT fptq_status fptq_cross_entropy(const struct fptq_cross_entropy *args);
 
+/* ---- gptq: columns quantized one after the other, each error spread over those that follow ----------------------- */
+
+struct fptq_gptq {
+    void *weight;           /* [rows, columns] f32 or f64: columns [begin, end) are quantized, later ones take over the errors */
+    double *loss;           /* [rows]: sum of the squared errors, each divided by factor[j, j] */
+    const void *factor;     /* [columns, columns] like weight: upper triangular, factor^T factor = H^-1; below it is not read */
+    const void *scale;      /* [rows, groups] like weight */
+    const void *zero_point; /* [rows, groups] like weight, or NULL for 0 */
+    const int64_t *group;   /* [columns]: which scale of its row a column has, or NULL: the first */
+    int64_t rows, columns, groups, begin, end;
+    fptq_grid grid;
+    int32_t dtype;
+    bool *out_of_memory; /* set by the operator: becomes true where scratch memory was missing */
+};
+FPTQ_EXPORT fptq_status fptq_gptq(const struct fptq_gptq *args);
+
 /* ---- pack_int4: two columns per byte, the even one in the low nibble ---------------------------------------------- */
 
 struct fptq_pack_int4 {

@@ -28,6 +28,7 @@
     X(divergence)               \
     X(divergence_backward)      \
     X(cross_entropy)            \
+    X(gptq)                     \
     X(pack_int4)                \
     X(unpack_int4)
 

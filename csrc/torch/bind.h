@@ -155,6 +155,7 @@ void *data_of(tensor_handle tensor);
     X(divergence_backward)                 \
     X(cross_entropy)                       \
     X(cross_entropy_)                      \
+    X(gptq_)                               \
     X(pack_int4)                           \
     X(unpack_int4)
 #define DECLARE(name) void boxed_##name(stable_value *stack, uint64_t num_args, uint64_t num_returns);

@@ -5,6 +5,7 @@ from fptquant.ops.choose_qparams import choose_qparams
 from fptquant.ops.cross_entropy import cross_entropy
 from fptquant.ops.divergence import divergence
 from fptquant.ops.fake_quant import fake_quant
+from fptquant.ops.gptq import gptq_
 from fptquant.ops.hadamard import hadamard, hadamard_matrix, hadamard_sizes
 from fptquant.ops.linear_divergence import linear_cross_entropy, linear_divergence, linear_jsd
 from fptquant.ops.lp_norm import lp_norm_query_key, lp_norm_scale
@@ -27,6 +28,7 @@ __all__ = [
     "cross_entropy",
     "divergence",
     "fake_quant",
+    "gptq_",
     "hadamard",
     "hadamard_matrix",
     "hadamard_sizes",
