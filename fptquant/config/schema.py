@@ -297,13 +297,13 @@ class LocalConfig(StrictModel):
 class LearningRates(StrictModel):
     """Peak learning rate of each group of parameters; null means not trained. Ranges are trained as logarithms."""
 
-    query_key_rotation: float | None = Field(default=0.005, gt=0)
-    value_mixing: float | None = Field(default=0.005, gt=0)
-    up_scaling: float | None = Field(default=0.005, gt=0)
+    query_key_rotation: float | None = Field(default=0.002, gt=0)
+    value_mixing: float | None = Field(default=0.002, gt=0)
+    up_scaling: float | None = Field(default=0.002, gt=0)
     residual_rotation: float | None = Field(default=None, gt=0)
-    weight_range: float | None = Field(default=0.005, gt=0)
-    activation_range: float | None = Field(default=0.005, gt=0)
-    kv_cache_range: float | None = Field(default=0.005, gt=0)
+    weight_range: float | None = Field(default=0.002, gt=0)
+    activation_range: float | None = Field(default=0.002, gt=0)
+    kv_cache_range: float | None = Field(default=0.002, gt=0)
 
 
 class TrainingConfig(StrictModel):

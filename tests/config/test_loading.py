@@ -124,7 +124,7 @@ def test_contradictions(overrides: list[str], path: str) -> None:
 def test_learning_rates_of_what_is_not_there_are_no_mistake() -> None:
     training = load_config("rtn", "quantization=w4a8kv8-dynamic", "training.steps=3").training
     assert training is not None
-    assert (training.steps, training.lr.query_key_rotation, training.lr.residual_rotation) == (3, 0.005, None)
+    assert (training.steps, training.lr.query_key_rotation, training.lr.residual_rotation) == (3, 0.002, None)
     found = mistakes("quantization=w16a16", "training.lr.query_key_rotation=0.1", "norm_gains=fused")
     assert found == ["training.lr: nothing would be trained; give a learning rate to one of these: residual_rotation"]
     nothing = mistakes("quantization=w16a16", "training={}")
