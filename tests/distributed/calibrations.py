@@ -32,7 +32,8 @@ QUANTIZATION = [
     "quantization.activation.range={method: lp, candidates: 10}",
     "calibration.windows=3",
 ]
-SETTINGS = [TRAINING, "training.lr.residual_rotation=0.003", *QUANTIZATION]
+RATES = "query_key_rotation: 0.005, value_mixing: 0.005, up_scaling: 0.005, residual_rotation: 0.003, weight_range: 0.005"
+SETTINGS = [TRAINING, f"training.lr={{{RATES}, activation_range: 0.005, kv_cache_range: 0.005}}", *QUANTIZATION]
 CASES: dict[str, tuple[int, list[str]]] = {
     "one, in parts": (1, ["training.micro_batch=2"]),
     "two": (2, []),
