@@ -27,7 +27,6 @@
 
 #include "for_each_dtype.h"
 #else
-#include "chunks.h"
 
 /* Values of rows side by side: the compiler's own vectors, as wide as a register, for it does not find them in loops here. */
 enum { LOCAL(GPTQ_BLOCK) = 64, LOCAL(GPTQ_TILE) = 8, LOCAL(GPTQ_WIDTH) = FPTQ_REGISTER / sizeof(COMPUTE) };
