@@ -38,5 +38,4 @@ def read_scores(file: KeptFile, belongs_to: Mapping[str, Any]) -> list[Score]:
 
 def write_scores(file: KeptFile, belongs_to: Mapping[str, Any], scores: Sequence[Score]) -> None:
     """Replaces the scores that the file holds, when it is time."""
-    kept = {"belongs_to": belongs_to, "scores": [asdict(score) for score in scores]}
-    file.write(lambda: json.dumps(kept).encode())
+    file.write(lambda: json.dumps({"belongs_to": belongs_to, "scores": [asdict(score) for score in scores]}).encode())

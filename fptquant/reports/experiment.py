@@ -124,8 +124,8 @@ def run_experiment(
         model, tokenizer = load_model(first.model, dtype=DTYPES[first.dtype], device=device)
         for config in configs:
             preflight(model, tokenizer, config)
-    settings = first.evaluation
-    windows, _ = evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)
+        settings = first.evaluation
+        windows, _ = evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)
     on_main(lambda: check(_needed_bytes(model, windows, len(configs) if save else 0)))
     with _results_folder(configs, output, overwrite=overwrite, resume=resume) as folder:
         if is_main():
@@ -164,7 +164,7 @@ def _results_folder(configs: Sequence[Config], output: str | Path, *, overwrite:
 
 
 def preflight(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
-    """Everything that a config asks of a model and of the texts, in seconds.
+    """Everything that a config asks of a model and of the calibration text, in seconds.
 
     Raises:
         UserError: if a transform does not fit the model, a Hadamard size is impossible, a window is longer than the
@@ -172,9 +172,7 @@ def preflight(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
     """
     check_model(model, config)
     check_training(model, config)
-    settings = config.evaluation
-    check_prefix(model, tokenizer, config, calibration_windows(model, tokenizer, config).shape[1], settings.window)
-    evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)
+    check_prefix(model, tokenizer, config, calibration_windows(model, tokenizer, config).shape[1], config.evaluation.window)
 
 
 def _needed_bytes(model: PreTrainedModel, windows: Tensor, saved: int) -> int:
