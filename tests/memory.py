@@ -11,6 +11,8 @@ from typing import Literal
 import pytest
 
 STATUS = Path("/proc/self/status")
+NO_RESERVE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+"""Environment in which glibc gives every large block back once it is free; by default it may keep a hundred megabytes."""
 measurable = pytest.mark.skipif(not STATUS.exists(), reason="memory is read from /proc")
 
 
