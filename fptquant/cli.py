@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fptquant.errors import CoreUnavailable, ProcessLost, UserError
-from fptquant.reports.processes import speaks
+from fptquant.reports.processes import leaves_lost_run, speaks
 
 if TYPE_CHECKING:
     from fptquant.config.schema import Config
@@ -322,7 +322,8 @@ def _stream(config: Config, overwrite: bool, resume: bool, save: bool, threads: 
 
 
 def _terminate(signal_number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + signal_number)
+    if not leaves_lost_run():
+        sys.exit(128 + signal_number)
 
 
 def main() -> None:

@@ -80,6 +80,16 @@ def speaks() -> bool:
         return True
 
 
+def leaves_lost_run() -> bool:
+    """Whether this process is on its way out because another one is lost, and will say so: then there is no need to stop it."""
+    error = sys.exc_info()[1] if launched() is not None else None
+    while error is not None:
+        if isinstance(error, ProcessLost) or (isinstance(error, Exception) and _is_loss(error)):
+            return True
+        error = error.__context__
+    return False
+
+
 def resolve_device(name: str) -> torch.device:
     """The device that ``auto`` or a name means; of several processes each has a GPU of its own.
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fptquant.errors import UserError
+from fptquant import cli
+from fptquant.errors import ProcessLost, UserError
 from fptquant.reports.processes import Launch, launched, resolve_device, speaks
 from fptquant.training.checkpoint import CHECKPOINT, load_checkpoint
 from tests.killed_run import settings
@@ -150,6 +151,24 @@ def test_a_process_that_waits_for_a_dead_one_ends_when_it_is_told_to() -> None:
     assert "told to stop, this process did not come to an end" in done.stderr
     assert "--resume goes on" in done.stderr
     assert time.monotonic() - began < END_SECONDS
+
+
+@pytest.mark.parametrize("error", [RuntimeError("[../gloo/transport/tcp/pair.cc:534] closed by peer"), ProcessLost("one")])
+def test_a_process_that_ends_because_another_is_lost_is_not_stopped_on_its_way(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """torchrun tells the others to stop a moment after one has died; what they have to say must still be said."""
+    environment(monkeypatch)
+    previous = signal.signal(signal.SIGTERM, cli._terminate)
+    try:
+        try:
+            raise error
+        except RuntimeError:
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def environment(monkeypatch: pytest.MonkeyPatch, **changes: str) -> None:
