@@ -20,7 +20,8 @@ def peak_bytes() -> int:
 
     Only Linux tells it; elsewhere the peak is that of `resource`, which a new process inherits from the one that started it.
     """
-    for line in Path("/proc/self/status").read_text().splitlines():
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
