@@ -1,0 +1,175 @@
+"""GPTQ of one weight: its Hessian, the order of its columns, the factor of the inverse, and the rounding itself.
+
+Columns are rounded one after the other; those that follow make up for each error so that the layer's outputs on the
+calibration inputs change as little as possible, (w - q) H (w - q)^T for every row w, with H the sum of x x^T over the inputs.
+
+Source: Frantar et al., GPTQ, arXiv 2210.17323.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fptquant import ops
+from fptquant.errors import UserError
+from fptquant.quantizers.grid import PerChannel, PerGroup
+from fptquant.quantizers.quantizer import Quantizer
+
+_ROWS = 2048
+"""Inputs that are summed in their own dtype before they join the float64 sum."""
+_BLOCK = 256
+"""Columns of the Hessian that one product gives: what lies below the diagonal is not computed."""
+_MORE = 10.0
+"""Factor by which the damping grows while the Hessian is not positive definite."""
+_MOST = 1e3
+"""Damping with which every Hessian of finite inputs is."""
+
+
+@dataclass(frozen=True)
+class GPTQOptions:
+    """How weights are rounded; the field names are those of configs."""
+
+    act_order: bool = True
+    """Columns of large inputs first: their errors can still be made up for by all others."""
+    damping: float = 0.01
+    """Share of the mean diagonal entry that is added to the diagonal of the Hessian."""
+    static_groups: bool = True
+    """Group ranges are those of the weight before rounding, instead of being set when their first column is reached."""
+
+    def __post_init__(self) -> None:
+        if self.damping <= 0:
+            raise UserError(
+                f"damping = {self.damping}: the Hessian of few inputs has no inverse without it; choose a positive share"
+            )
+        if self.act_order and not self.static_groups:
+            raise UserError(
+                "static_groups = false sets the range of a group when its first column is reached, but act_order = true takes "
+                "columns of all groups in turn; set one of them otherwise"
+            )
+
+
+class Hessian:
+    """The sum of x x^T over inputs x, in float64; of many inputs, some at a time.
+
+    Args:
+        columns: features of an input.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._upper = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Adds inputs [..., columns], whose products are summed in float32 (float64 if they are) over 2,048 at a time."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        for rows in torch.split(x.reshape(-1, x.shape[-1]), _ROWS):
+            values = rows.to(wide)
+            for begin in range(0, x.shape[-1], _BLOCK):
+                end = begin + _BLOCK
+                self._upper[begin:end, begin:] += values[:, begin:end].T @ values[:, begin:]
+
+    def matrix(self) -> Tensor:
+        """The sum [columns, columns], float64."""
+        upper = self._upper.triu()
+        return upper + upper.triu(1).T
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What rounding needs of a Hessian H, shared by all weights that read the same inputs."""
+
+    upper: Tensor
+    """U [columns, columns] float64, upper triangular, with U^T U the inverse of H with its columns in ``order``."""
+    order: Tensor | None
+    """Which column comes first, second, ..., [columns] int64; None for the order of the weight."""
+    damping: float
+    """The share that was needed: more than asked for where H was not positive definite."""
+
+
+def factorize(hessian: Tensor, options: GPTQOptions, name: str = "weight") -> Factor:
+    """Damps a Hessian, orders its columns, and factors its inverse, which itself is never formed.
+
+    With J the reversal of the columns, J H J = L L^T and hence H^-1 = U^T U for U = J L^-1 J, which is upper triangular.
+
+    Shape: hessian [columns, columns] float64.
+
+    Raises:
+        UserError: names the layer if its inputs are not finite.
+    """
+    diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(hessian).all()):
+        raise UserError(f"the inputs of {name} hold NaN or infinity: its Hessian is not finite; check the layers before it")
+    order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else None
+    ordered = hessian if order is None else hessian[order][:, order]
+    mean = float(diagonal.mean()) or 1.0  # all inputs are 0: then every rounding is as good
+    damping = options.damping
+    while True:
+        damped = ordered.flip((0, 1))
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            break
+        if damping >= _MOST:
+            raise UserError(f"the Hessian of {name} cannot be factored even with {damping:g} of its mean diagonal added")
+        damping *= _MORE
+    identity = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return Factor(inverse.flip((0, 1)).contiguous(), order, damping)
+
+
+@torch.no_grad()
+def gptq_round(weight: Tensor, quantizer: Quantizer, factor: Factor, options: GPTQOptions) -> tuple[Tensor, float]:
+    """The weight with every column on the quantizer's grid, and the loss: sum over the rows of (w - q) H (w - q)^T, damped H.
+
+    Without ``static_groups`` the quantizer gets new ranges.
+
+    Shape: weight [rows, columns], any floating dtype; returns the same. Columns are worked on in float32, or float64.
+
+    Raises:
+        UserError: if the quantizer has no range.
+    """
+    columns = weight.shape[1]
+    work = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    scale, zero = (None if part is None else _by_row(part, weight) for part in quantizer.static_qparams(work))
+    assert scale is not None
+    size = columns // scale.shape[1]
+    group = torch.arange(columns, device=weight.device) // size
+    if factor.order is not None:
+        work, group = work[:, factor.order], group[factor.order]
+    work, upper = work.contiguous(), factor.upper.to(work.dtype)
+    if options.static_groups or scale.shape[1] == 1:
+        loss = float(ops.gptq_(work, upper, scale, zero, grid=quantizer.grid, group=group).sum())
+    else:
+        loss = _round_groups_(work, upper, scale, zero, size, quantizer)
+    if factor.order is not None:
+        work[:, factor.order] = work.clone()
+    return work.to(weight.dtype), loss
+
+
+def _by_row(part: Tensor, weight: Tensor) -> Tensor:
+    """Scales or zero points as [rows, groups]: those of a per-tensor range repeat."""
+    if part.dim() == 2:
+        return part.contiguous()
+    return part.expand(len(weight))[:, None].contiguous()
+
+
+def _round_groups_(work: Tensor, upper: Tensor, scale: Tensor, zero: Tensor | None, size: int, quantizer: Quantizer) -> float:
+    """Rounds group by group; each gets its range from what the errors before it have left. The quantizer gets all ranges."""
+    assert isinstance(quantizer.granularity, PerGroup)
+    group = torch.arange(work.shape[1], device=work.device) // size
+    loss = 0.0
+    for index in range(scale.shape[1]):
+        begin, end = index * size, (index + 1) * size
+        found, found_zero = ops.set_range(
+            work[:, begin:end].contiguous(), grid=quantizer.grid, granularity=PerChannel(0), method=quantizer.range_method
+        )
+        scale[:, index] = found
+        if zero is not None:
+            zero[:, index] = found_zero
+        loss += float(ops.gptq_(work, upper, scale, zero, grid=quantizer.grid, group=group, begin=begin, end=end).sum())
+    quantizer.scale = scale.clone()
+    quantizer.zero_point = torch.zeros_like(scale) if zero is None else zero.clone()
+    return loss
