@@ -27,6 +27,7 @@ def find_contradictions(config: Config) -> list[Contradiction]:
         *_sites(config.quantization),
         *_tokens(config),
         *_training(config),
+        *_rounding(config),
     ]
 
 
@@ -152,6 +153,15 @@ def _tokens(config: Config) -> Iterator[Contradiction]:
                 (path, f"{part}.window"),
                 f"{tokens} tokens in full precision leave nothing to quantize in {part}.window = {window} tokens",
             )
+
+
+def _rounding(config: Config) -> Iterator[Contradiction]:
+    if config.rounding.act_order and not config.rounding.static_groups:
+        yield Contradiction(
+            ("rounding.act_order", "rounding.static_groups"),
+            "true takes columns of all groups in turn, and static_groups = false sets the range of a group when its first column "
+            "is reached; set one of them otherwise",
+        )
 
 
 def _training(config: Config) -> Iterator[Contradiction]:

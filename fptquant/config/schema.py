@@ -340,6 +340,18 @@ WITHOUT_INFLUENCE = frozenset({"checkpoint_seconds", "tensorboard", "shard_weigh
 """Keys of ``training`` that do not change the result: they may change when a run goes on."""
 
 
+class RoundingConfig(StrictModel):
+    """How weights are rounded, once transforms are merged and ranges set; nearest needs no text."""
+
+    method: Literal["nearest", "gptq"] = "nearest"
+    act_order: bool = Field(default=False, description="columns of large inputs first (gptq)")
+    damping: float = Field(default=0.01, gt=0, description="share of the Hessian's mean diagonal that is added to it (gptq)")
+    static_groups: bool = Field(default=True, description="keep the group ranges that were set before rounding (gptq)")
+    text: str = Field(default="auto", min_length=1, description="as for training (gptq)")
+    windows: int = Field(default=32, ge=1, description="calibration windows (gptq)")
+    window: int = Field(default=512, ge=2, description="tokens of a window (gptq)")
+
+
 class CalibrationConfig(StrictModel):
     """Text from which static activation ranges are set."""
 
@@ -373,10 +385,16 @@ class Config(StrictModel):
     transforms: TransformsConfig = TransformsConfig()
     local: LocalConfig = LocalConfig()
     training: TrainingConfig | None = None
+    rounding: RoundingConfig = RoundingConfig()
     quantization: Annotated[QuantizationConfig, BeforeValidator(_expand_quantization)] = QuantizationConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: str = Field(default="runs/{name}", min_length=1, description="may contain {name} and {setting}")
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are rounded by more than taking the nearest number of their grid."""
+        return self.rounding.method != "nearest" and self.quantization.weight.bits < 16
 
     @property
     def output_folder(self) -> str:

@@ -47,6 +47,7 @@ def find_without_effect(config: Config) -> list[WithoutEffect]:
         *_overrides(quantization),
         *_tokens(quantization),
         *_training(config),
+        *_rounding(config),
     ]
 
 
@@ -161,3 +162,18 @@ def _training(config: Config) -> Iterator[WithoutEffect]:
         if not config.quantization.has_static_range(kind) and getattr(training.lr, name) is not None:
             message = f"quantization.{kind} has no static range; remove it, or set another label"
             yield from _changed(training.lr, rates, [name], message, by_label=True)
+
+
+def _rounding(config: Config) -> Iterator[WithoutEffect]:
+    rounding, weight = config.rounding, config.quantization.weight
+    if rounding.method == "nearest":
+        others = [name for name in type(rounding).model_fields if name != "method"]
+        message = "rounding.method = nearest does not read it; set rounding.method=gptq or remove it"
+        yield from _changed(rounding, "rounding", others, message, by_label=False)
+        return
+    if weight.bits == 16:
+        message = "weights are in full precision; set quantization.weight.bits or remove it"
+        yield from _changed(rounding, "rounding", type(rounding).model_fields, message, by_label=True)
+    elif weight.granularity != "per_group":
+        message = f"weights have no groups but {weight.granularity} ranges; set quantization.weight.group_size or remove it"
+        yield from _changed(rounding, "rounding", ["static_groups"], message, by_label=True)

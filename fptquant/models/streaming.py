@@ -108,7 +108,7 @@ def return_memory() -> None:
 
 @dataclass
 class PartState:
-    """What flows from part to part for one window: hidden states [1, T, H] and, with S_n, the running scale [1, T, 1]."""
+    """What flows from part to part for some windows: hidden states [B, T, H] and, with S_n, the running scale [B, T, 1]."""
 
     hidden: Tensor
     running_scale: Tensor | None = None
@@ -181,13 +181,13 @@ class PartialDecoder:
             view.replace("final_norm", norm)
 
     def run(self, tokens: Tensor, state: PartState | None, cache: Cache | None = None) -> PartState:
-        """One window through the part that `only` left in place.
+        """Windows through the part that `only` left in place.
 
         Args:
             cache: takes the keys and values of the part; none are kept by default.
 
-        Shape: tokens [T], int64, whose values only the embedding reads; state: what the part before returned.
+        Shape: tokens [B, T], int64, whose values only the embedding reads; state: what the part before returned.
         """
         self._stored.state, self._caught.running_scale = state, None
-        output = self._decoder(input_ids=tokens[None], past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        output = self._decoder(input_ids=tokens, past_key_values=cache, use_cache=cache is not None).last_hidden_state
         return PartState(output, self._caught.running_scale)

@@ -36,6 +36,7 @@ from fptquant.reports.unfinished_run import EVALUATION, check_run, config_files,
 from fptquant.stages.calibrate import CalibrationResult, calibrate, calibration_windows, check_model
 from fptquant.stages.distributed import is_main, main_first, main_holds, on_main, world_size
 from fptquant.stages.find_prefix import check_prefix, with_prefix
+from fptquant.stages.rounding import check_rounding
 from fptquant.stages.train import check_training
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ def preflight(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
     """
     check_model(model, config)
     check_training(model, config)
+    check_rounding(model, config)
     check_prefix(model, tokenizer, config, calibration_windows(model, tokenizer, config).shape[1], config.evaluation.window)
 
 

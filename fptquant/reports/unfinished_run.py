@@ -2,8 +2,9 @@
 
 runs/mine.partial/config.yaml       what is run (configs/ where several are compared)
 runs/mine.partial/checkpoint*       from where it goes on: of training (`fptquant.training.checkpoint`) and the stages before it
-                                    (`fptquant.stages.prepared`); folders of evaluations (`fptquant.evaluation.scores`), and where a
-                                    model larger than memory is calibrated (`fptquant.stages.stream`)
+                                    (`fptquant.stages.prepared`); folders of rounding (`fptquant.stages.round_gptq`), of evaluations
+                                    (`fptquant.evaluation.scores`), and where a model larger than memory is calibrated
+                                    (`fptquant.stages.stream`)
 runs/mine.partial/metrics.jsonl     what training has seen so far
 and whatever else was written. In the end, the folder without its checkpoints is renamed to runs/mine.
 """
@@ -28,7 +29,7 @@ from fptquant.reports.run_folder import RUN_MARKER, check_output, disk_errors, m
 CHECKPOINT = "checkpoint"
 """Names that begin so belong to the unfinished run alone; a file of this name, whatever its suffix, makes it worth keeping."""
 EVALUATION = f"{CHECKPOINT}-evaluation"
-"""Folder of what evaluations have found so far."""
+"""Folder of what evaluations have found so far; what lies in a folder ``checkpoint-*`` makes a run worth keeping, too."""
 _OF_TRAINING = ("metrics.jsonl", "tensorboard", "training")
 """What the next part of a run that trains needs besides its checkpoints; everything else is made again."""
 _KEPT = "what was written until the last checkpoint is kept"
@@ -153,7 +154,7 @@ def _prepare(partial: Path, description: Description, lasting: Collection[str], 
 
 def note_checkpoint(error: BaseException, partial: Path) -> bool:
     """Adds to an error how the run in this folder goes on, if it has a checkpoint; returns whether it has."""
-    found = any(path.is_file() for path in (*partial.rglob(f"{CHECKPOINT}[.-]*"), *partial.rglob(f"{EVALUATION}/*")))
+    found = any(path.is_file() for path in (*partial.rglob(f"{CHECKPOINT}[.-]*"), *partial.rglob(f"{CHECKPOINT}-*/*")))
     if found:
         error.add_note(f"the run until its last checkpoint is kept in {partial}: the same command with --resume goes on")
     return found

@@ -34,6 +34,7 @@ from fptquant.stages.merge_transforms import merge_blocks_, model_sizes, rotate_
 from fptquant.stages.optimize_local import optimize_local_
 from fptquant.stages.prepared import PREPARED, Prepared, load_prepared, restore_state_, save_prepared
 from fptquant.stages.progress import Progress as ProgressCallback
+from fptquant.stages.rounding import round_, rounding_data
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
 from fptquant.stages.student import attach_transforms_, untransformed
 from fptquant.stages.train import fingerprint, train_, training_data
@@ -197,7 +198,8 @@ def calibrate(
     """Calibrates a model as a config says: merges its transforms, sets its ranges, simulates its quantizers.
 
     Stages: fuse norm gains, T_r, local optimization (no data), merging, weight ranges, activation ranges (calibration text); with
-    ``config.training`` end-to-end training of transforms and ranges, before they are merged.
+    ``config.training`` end-to-end training of transforms and ranges, before they are merged; with ``config.rounding`` other than
+    to nearest, rounding of the merged weights (text).
     The model is copied first, so that it can serve as the full-precision reference; ``in_place`` saves that memory.
 
     Args:
@@ -222,8 +224,9 @@ def calibrate(
     check_prefix(model, tokenizer, config, *windows.shape[1:])
     with nullcontext(progress) if progress is not None else Progress() as bars:
         data = on_main(lambda: training_data(model, tokenizer, config, progress=bars))  # fetched or sampled once
+        to_round = on_main(lambda: rounding_data(model, tokenizer, config, progress=bars))
         calibrated = model if in_place else copy.deepcopy(model)
-        return _calibrate_(calibrated, tokenizer, config, sizes, windows, data, folder, resume, bars)
+        return _calibrate_(calibrated, tokenizer, config, sizes, windows, data, to_round, folder, resume, bars)
 
 
 def _calibrate_(
@@ -233,6 +236,7 @@ def _calibrate_(
     sizes: ModelSizes,
     windows: Tensor,
     data: TrainingData | None,
+    to_round: TrainingData | None,
     folder: Path | None,
     resume: bool,
     progress: ProgressCallback,
@@ -260,6 +264,9 @@ def _calibrate_(
             )
         # of all parts of a run that was killed and went on
         stage.seconds[TRAINING] = max(stage.seconds[TRAINING], report["training"]["seconds"])
+    if to_round is not None:
+        with stage("rounding"):
+            report["rounding"] = round_(calibrated, config, to_round, folder=folder, progress=progress)
     seconds = max(time.perf_counter() - start, sum(stage.seconds.values()))
     metrics = {"seconds": seconds, "stages": stage.seconds, "calibration_tokens": windows.numel(), **report}
     return CalibrationResult(calibrated, tokenizer, config, transforms, metrics)

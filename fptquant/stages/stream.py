@@ -125,6 +125,11 @@ def _check_streamable(config: Config) -> None:
             "transforms.residual_rotation.learn = true looks at all weights in every step, which streaming never holds at once; "
             "set transforms.residual_rotation.learn=false, or calibrate in memory"
         )
+    if config.rounds:
+        raise UserError(
+            f"rounding.method = {config.rounding.method} is not possible with streaming; set rounding.method=nearest, or calibrate "
+            "in memory"
+        )
     if config.training is not None:
         raise UserError("training needs the whole model in memory; set training=null, or run without streaming")
 
@@ -323,7 +328,7 @@ class _Run:
         state = None if part == -1 else PartState(**load_file(before, str(device)))
         cache = DynamicCache()
         with prefix_off(self.stream.result.model), self.decoder.only(part):
-            found = self.decoder.run(torch.tensor(ids, device=device), state, cache)
+            found = self.decoder.run(torch.tensor([ids], device=device), state, cache)
         states = {name: value for name, value in asdict(found).items() if value is not None}
         write_shard(self.work / f"prefix-states-{part + 1}.safetensors", states)
         if 0 <= part < self.last:
@@ -352,7 +357,7 @@ class _Run:
 
             def run(index: int) -> None:
                 nonlocal stored
-                state = self.decoder.run(windows[index].to(device), self._state(part, index, device))
+                state = self.decoder.run(windows[index][None].to(device), self._state(part, index, device))
                 if index == stored:  # in the first pass
                     stored += 1
                     writer.write(state.hidden)

@@ -40,7 +40,7 @@ class StreamedLook:
             fill_(layer, f"{view.adapter.layers}.{index}.", self.source, self.dtype, self.device)
             with decoder.only(index):
                 states = [
-                    decoder.run(text.to(self.device), PartState(state[None])).hidden[0]
+                    decoder.run(text[None].to(self.device), PartState(state[None])).hidden[0]
                     for text, state in zip(texts, states, strict=True)
                 ]
             empty_(layer)

@@ -19,7 +19,7 @@ from fptquant.transforms import ModelTransforms, ValueMixing
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_NO_INFLUENCE = {"training", "evaluation", "output", "device", "seed"}
+_NO_INFLUENCE = {"training", "rounding", "evaluation", "output", "device", "seed"}
 """Parts of a config on which training does not depend, or which it compares itself."""
 
 

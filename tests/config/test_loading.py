@@ -112,6 +112,7 @@ def test_impossible_bits(bits: int) -> None:
         (["quantization=w16a8kv8-dynamic", "training={}"], "training.lr"),
         (["quantization=w4a16", "training.lr.weight_range=null"], "training.lr"),
         (["norm_gains=kept", "training.lr.residual_rotation=0.1"], "norm_gains"),
+        (["rounding={method: gptq, act_order: true, static_groups: false}", "quantization=w4a16-g64"], "rounding.act_order"),
         (["quantization.overrides.down_in.full_precision_tokens=512"], "quantization.overrides.down_in.full_precision_tokens"),
     ],
 )  # fmt: skip
@@ -151,6 +152,10 @@ WITHOUT_EFFECT = [
     ("quantization.kv_cache.symmetric", ["quantization=w4a8", "quantization.kv_cache.symmetric=true"]),
     ("quantization.full_precision_tokens", ["quantization=w4a16", "quantization.full_precision_tokens=1"]),
     ("quantization.prefix", ["quantization=w4a16", "quantization.prefix=auto"]),
+    ("rounding.act_order", ["rounding.act_order=true"]),
+    ("rounding.windows", ["rounding.windows=3"]),
+    ("rounding.method", ["quantization=w16a8", "rounding.method=gptq"]),
+    ("rounding.static_groups", ["rounding={method: gptq, static_groups: false}"]),
     ("quantization.overrides.o_in.symmetric", ["quantization.overrides.o_in={bits: 16, symmetric: true}"]),
     ("quantization.overrides.o_in.range.p", ["quantization.overrides.o_in.range={method: mse, p: 3.0}"]),
 ]  # fmt: skip

@@ -300,6 +300,7 @@ def test_the_command_line_streams(tmp_path: Path) -> None:
     [
         (["transforms.residual_rotation.learn=true"], "looks at all weights"),
         (["training={}"], "needs the whole model in memory"),
+        (["rounding.method=gptq"], "gptq is not possible with streaming"),
         (["transforms.down_hadamard.block_size=7"], "7"),
         (["calibration.window=4096"], "4,096"),
     ],

@@ -1,0 +1,82 @@
+"""The rounding stage of the pipeline: its text, its method, and what it leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fptquant.config.schema import Config
+from fptquant.data.text import load_text
+from fptquant.data.training import TrainingData, training_windows
+from fptquant.data.windows import check_window
+from fptquant.files import KeptFiles
+from fptquant.quantizers.gptq import GPTQOptions
+from fptquant.stages.progress import Progress, quiet
+from fptquant.stages.round_gptq import round_gptq_
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FOLDER = "checkpoint-rounding"
+"""Folder of blocks that are rounded, while a run is unfinished."""
+
+
+def check_rounding(model: PreTrainedModel, config: Config) -> None:
+    """Refuses what rounding could not do, before any text is fetched.
+
+    Raises:
+        UserError: if a window is longer than the model's context.
+    """
+    if config.rounds:
+        check_window(model.config, config.rounding.window, "rounding.window")
+
+
+def rounding_data(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, *, progress: Progress = quiet
+) -> TrainingData | None:
+    """The calibration windows of the rounding, free of passages of the evaluation text; None for rounding to nearest.
+
+    Raises:
+        UserError: if the text is too short or cannot be had, or a window is longer than the model's context.
+    """
+    rounding = config.rounding
+    if not config.rounds:
+        return None
+    check_rounding(model, config)
+    return training_windows(
+        tokenizer,
+        rounding.text,
+        windows=rounding.windows,
+        window=rounding.window,
+        held_out=0,
+        seed=config.seed,
+        model=model,
+        excluded=[load_text(config.evaluation.text, "evaluation")],
+        progress=progress,
+    )
+
+
+def round_(
+    model: PreTrainedModel, config: Config, data: TrainingData, *, folder: Path | None = None, progress: Progress = quiet
+) -> dict[str, Any]:
+    """Rounds the weights of a model whose transforms are merged and whose quantizers are on; returns the report.
+
+    Args:
+        folder: where finished blocks are kept, from which a run that was killed goes on; nowhere by default.
+
+    Raises:
+        UserError: as `fptquant.stages.round_gptq.round_gptq_`.
+    """
+    rounding = config.rounding
+    options = GPTQOptions(act_order=rounding.act_order, damping=rounding.damping, static_groups=rounding.static_groups)
+    kept = None if folder is None else KeptFiles(folder / FOLDER)
+    linears = round_gptq_(model, data.train, options, kept=kept, progress=progress)
+    damped = [name for name, report in linears.items() if report["damping"] > rounding.damping]
+    return {
+        "method": rounding.method,
+        "text": data.source,
+        "tokens": data.train.numel(),
+        "dropped_windows": data.dropped,
+        "damped_further": damped,
+        "linears": linears,
+    }

@@ -1,0 +1,117 @@
+"""Rounding as a stage of the pipeline: what it reports, what is saved, and that a killed run goes on block by block."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import fptquant as fq
+from fptquant.config.schema import Config
+from fptquant.files import KeptFiles
+from fptquant.models.quantized_linear import QuantizedLinear
+from fptquant.stages import round_gptq
+from fptquant.stages.calibrate import CalibrationResult
+from fptquant.stages.round_gptq import DESCRIPTION
+from fptquant.stages.rounding import FOLDER
+from tests.models.tiny import tiny_model, token_ids
+from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
+
+BLOCKS = 3
+
+
+def config(*overrides: str) -> Config:
+    small = ["calibration.windows=2", "calibration.window=48", "local.value_steps=5"]
+    rounding = ["rounding.method=gptq", "rounding.text=topics", "rounding.windows=3", "rounding.window=40"]
+    return fq.load_config("fptquant-local", *small, *rounding, *overrides)
+
+
+def calibrate(
+    chosen: Config, folder: Path | None = None, *, stop_after: int = BLOCKS + 1, resume: bool = False
+) -> CalibrationResult:
+    """A tiny model; stopped as if by Ctrl-C once so many blocks are rounded."""
+
+    def progress(done: int, total: int, description: str) -> None:
+        if description == DESCRIPTION and done == stop_after:
+            raise KeyboardInterrupt
+
+    model = tiny_model("LlamaForCausalLM", vocab_size=VOCABULARY, num_hidden_layers=BLOCKS)
+    return fq.calibrate(model, tiny_tokenizer(), chosen, folder=folder, resume=resume, progress=progress)
+
+
+def assert_same(first: CalibrationResult, second: CalibrationResult) -> None:
+    assert first.metrics["rounding"] == second.metrics["rounding"]
+    expected, found = first.model.state_dict(), second.model.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_the_weights_are_rounded_reported_and_saved(tmp_path: Path) -> None:
+    result, tokens = calibrate(config()), token_ids(1, 30)
+    linears = [module for module in result.model.modules() if isinstance(module, QuantizedLinear)]
+    assert all(torch.equal(linear.quantized_weight(), linear.weight) for linear in linears)
+    report = result.metrics["rounding"]
+    assert len(report["linears"]) == len(linears) == 7 * BLOCKS
+    assert (report["method"], report["tokens"], report["damped_further"]) == ("gptq", 120, [])
+    assert result.metrics["stages"]["rounding"] > 0
+    result.save(tmp_path / "out")
+    loaded, _ = fq.load_calibrated(tmp_path / "out")
+    assert torch.equal(loaded(tokens).logits, result.model(tokens).logits)
+
+
+def test_weights_in_full_precision_are_left_alone() -> None:
+    nearest = fq.load_config("fptquant-local", "quantization=w16a8-static", "calibration.windows=2", "calibration.window=48")
+    chosen = nearest.model_copy(update={"rounding": config().rounding})
+    result = calibrate(chosen)
+    assert "rounding" not in result.metrics
+    assert all(torch.equal(value, calibrate(nearest).model.state_dict()[name]) for name, value in result.model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:the held-out divergence", "ignore:training did not lower")
+def test_it_follows_training() -> None:
+    training = "training={steps: 2, window: 32, text: topics, held_out_windows: 1, evaluate_every: 1}"
+    result = calibrate(config(training, "training.lr.weight_range=0.05"))
+    linears = [module for module in result.model.modules() if isinstance(module, QuantizedLinear)]
+    assert all(torch.equal(linear.quantized_weight(), linear.weight) for linear in linears)
+    trained = calibrate(
+        config(training, "training.lr.weight_range=0.05", "rounding={method: nearest, text: auto, windows: 32, window: 512}")
+    )
+    for linear, other in zip(linears, (m for m in trained.model.modules() if isinstance(m, QuantizedLinear)), strict=True):
+        assert torch.equal(linear.weight_quantizer.scale, other.weight_quantizer.scale)
+        assert not torch.equal(linear.quantized_weight(), other.quantized_weight())
+
+
+def test_a_window_longer_than_the_context_is_refused_before_any_work() -> None:
+    with pytest.raises(fq.UserError, match=r"rounding\.window = 4,096 is longer"):
+        calibrate(config("rounding.window=4096"))
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["quantization=w4a8kv8-static-g16", "rounding.static_groups=false"]], ids=["channels", "groups"]
+)
+def test_a_run_that_stops_goes_on_with_the_blocks_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    chosen, whole = config(*options), calibrate(config(*options))
+    monkeypatch.setattr("fptquant.stages.rounding.KeptFiles", partial(KeptFiles, seconds=0))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(chosen, tmp_path, stop_after=2)
+    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["block-0.safetensors", "block-1.safetensors"]
+    rounded: list[str] = []
+    once = round_gptq.gptq_round
+
+    def count(weight, quantizer, *rest):  # type: ignore[no-untyped-def]
+        rounded.append(quantizer.name)
+        return once(weight, quantizer, *rest)
+
+    monkeypatch.setattr(round_gptq, "gptq_round", count)
+    assert_same(whole, calibrate(chosen, tmp_path, resume=True))
+    assert len(rounded) == 7
+    assert all(name.startswith("layers.2.") for name in rounded)
+    # What is kept of another text is of no use.
+    rounded.clear()
+    other = config(*options, "rounding.windows=4")
+    assert_same(calibrate(other), calibrate(other, tmp_path))
+    assert len(rounded) == 2 * 7 * BLOCKS
