@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fptquant.evaluation.hidden import last_hidden_states, output_head
-from fptquant.files import KeptFiles, read_file, to_bytes
+from fptquant.files import KeptFile, KeptFiles, read_file, to_bytes
 from fptquant.fingerprint import model_digest, tensors_digest, weights_digest
 
 if TYPE_CHECKING:
@@ -65,9 +65,12 @@ class TeacherCache:
         states = _States(model, kept)
         hidden = []
         for index, window in enumerate(tokens):
-            if progress is not None:
-                progress(index, len(tokens), "full precision")
-            hidden.append(states.of(window))
+            known = states.find(window)
+            if known is None:
+                if progress is not None:  # what was kept takes no time: a measure of speed begins here
+                    progress(index, len(tokens), "full precision")
+                known = states.compute(window)
+            hidden.append(known)
         if progress is not None:
             progress(len(tokens), len(tokens), "full precision")
         return cls(text_name, tokens, torch.stack(hidden), _copy_head(head), model.config.vocab_size, states.seconds)
@@ -82,18 +85,27 @@ class _States:
         self.seconds = 0.0
         """Time that the forward passes took, when they were made."""
 
-    def of(self, window: Tensor) -> Tensor:
-        """[window, hidden_size]"""
-        file = None if self.kept is None else self.kept.file(f"{tensors_digest(window)[:32]}.safetensors")
-        if file is not None and file.path.is_file():
-            tensors, rest = read_file(file.path)
-            if rest["weights"] == self.weights:
-                self.seconds += rest["seconds"]
-                return tensors["hidden"].to(self.model.device)
+    def _file(self, window: Tensor) -> KeptFile | None:
+        return None if self.kept is None else self.kept.file(f"{tensors_digest(window)[:32]}.safetensors")
+
+    def find(self, window: Tensor) -> Tensor | None:
+        """[window, hidden_size], if they are kept."""
+        file = self._file(window)
+        if file is None or not file.path.is_file():
+            return None
+        tensors, rest = read_file(file.path)
+        if rest["weights"] != self.weights:
+            return None
+        self.seconds += rest["seconds"]
+        return tensors["hidden"].to(self.model.device)
+
+    def compute(self, window: Tensor) -> Tensor:
+        """[window, hidden_size], which are kept when it is time."""
         start = time.perf_counter()
         hidden = last_hidden_states(self.model, window)
         seconds = time.perf_counter() - start
         self.seconds += seconds
+        file = self._file(window)
         if file is not None:
             rest = {"weights": self.weights, "seconds": seconds}
             file.write(lambda: to_bytes({"hidden": hidden.cpu().contiguous()}, rest))

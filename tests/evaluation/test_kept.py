@@ -72,6 +72,25 @@ def test_other_models_and_texts_are_scored_anew(tmp_path: Path) -> None:
         measure(teacher, student, tmp_path)
 
 
+def test_what_is_found_again_is_not_shown_as_work(tmp_path: Path) -> None:
+    """The time that is left is judged by the windows since the first that was shown."""
+    teacher, _ = models()
+    shown: list[int] = []
+
+    def build(windows: int) -> None:
+        kept = KeptFiles(tmp_path, seconds=0)
+        build_reference(
+            teacher, tiny_tokenizer(), text="topics", windows=windows, window=32, kept=kept,
+            progress=lambda done, total, what: shown.append(done) if what == "full precision" else None,
+        )  # fmt: skip
+
+    build(3)
+    assert shown == [0, 1, 2, 3]
+    shown.clear()
+    build(5)
+    assert shown == [3, 4, 5]
+
+
 def test_nothing_is_written_before_a_minute_has_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("fptquant.files.time.monotonic", lambda: now[0])
