@@ -21,6 +21,7 @@ def find_contradictions(config: Config) -> list[Contradiction]:
     return [
         *_norms_and_residual(config),
         *_optimization(config),
+        *_smoothing(config),
         *_weights(config.quantization),
         *_granularities(config.quantization),
         *_shared_ranges(config.quantization),
@@ -60,6 +61,35 @@ def _optimization(config: Config) -> Iterator[Contradiction]:
         yield Contradiction(
             ("transforms.residual_rotation.learn", "local.method"),
             "true contradicts local.method = none (nothing is optimized); set one of the two otherwise",
+        )
+
+
+def _smoothing(config: Config) -> Iterator[Contradiction]:
+    transforms, training = config.transforms, config.training
+    if transforms.norm_scaling is not None and training is not None and training.lr.residual_rotation is not None:
+        yield Contradiction(
+            ("transforms.norm_scaling", "training.lr.residual_rotation"),
+            "T_r cannot be trained through norms that have gains; set training.lr.residual_rotation=null or leave T_n out",
+        )
+    if config.smoothing is None:
+        return
+    set_by_both = [name for name in ("value_mixing", "up_scaling") if getattr(transforms, name) is not None]
+    if config.local.method != "none" and set_by_both:
+        yield Contradiction(
+            ("smoothing", "local.method"),
+            f"it sets {' and '.join(set_by_both)}, and so does local.method = {config.local.method}; set local.method=none or "
+            "smoothing=null",
+        )
+    if transforms.norm_scaling is None and not set_by_both:
+        yield Contradiction(
+            ("smoothing", "transforms"),
+            "there is nothing that it could set; use transforms.norm_scaling, transforms.up_scaling or transforms.value_mixing",
+        )
+    mixing = transforms.value_mixing
+    if mixing is not None and mixing.constraint == "orthogonal":
+        yield Contradiction(
+            ("smoothing", "transforms.value_mixing.constraint"),
+            "scales are no orthogonal matrix; set transforms.value_mixing.constraint=none",
         )
 
 

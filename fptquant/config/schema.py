@@ -235,6 +235,10 @@ class QueryKeyRotationConfig(StrictModel):
     """T_k: rotation and scale of every RoPE pair of keys, undone in the queries."""
 
 
+class NormScalingConfig(StrictModel):
+    """T_n: a scale per channel of the norms' outputs, undone in the linears that read them; set by ``smoothing``."""
+
+
 class ValueMixingConfig(StrictModel):
     """T_v: a matrix per key/value head on the values, undone in the output projection."""
 
@@ -270,6 +274,7 @@ class ResidualScalingConfig(StrictModel):
 class TransformsConfig(StrictModel):
     """Which function-preserving transforms are used; absent or null means not used."""
 
+    norm_scaling: Annotated[NormScalingConfig | None, BeforeValidator(_switch)] = None
     query_key_rotation: Annotated[QueryKeyRotationConfig | None, BeforeValidator(_switch)] = None
     value_mixing: Annotated[ValueMixingConfig | None, BeforeValidator(_switch)] = None
     up_scaling: Annotated[UpScalingConfig | None, BeforeValidator(_switch)] = None
@@ -281,6 +286,12 @@ class TransformsConfig(StrictModel):
     def used(self) -> tuple[str, ...]:
         """Names of the transforms in use, in the order of the paper."""
         return tuple(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+
+class SmoothingConfig(StrictModel):
+    """SmoothQuant: scales of T_n, T_u and a diagonal T_v from the largest activations on the calibration text."""
+
+    alpha: float = Field(default=0.5, ge=0, le=1, description="share of an outlier that moves into the weights")
 
 
 class LocalConfig(StrictModel):
@@ -383,6 +394,7 @@ class Config(StrictModel):
     device: Device = "auto"
     norm_gains: Literal["fused", "kept"] = "fused"
     transforms: TransformsConfig = TransformsConfig()
+    smoothing: SmoothingConfig | None = None
     local: LocalConfig = LocalConfig()
     training: TrainingConfig | None = None
     rounding: RoundingConfig = RoundingConfig()

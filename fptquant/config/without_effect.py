@@ -40,6 +40,7 @@ def find_without_effect(config: Config) -> list[WithoutEffect]:
     quantization = config.quantization
     return [
         *_local(config),
+        *_norm_scaling(config),
         *_rotation(config),
         *_weights(quantization),
         *_part(quantization, "activation"),
@@ -80,6 +81,12 @@ def _local(config: Config) -> Iterator[WithoutEffect]:
         reasons |= dict.fromkeys(("steps", "lr", "value_steps", "up_p"), "no transform is optimized; remove it")
     for name, reason in reasons.items():
         yield from _changed(local, "local", [name], reason, by_label=False)
+
+
+def _norm_scaling(config: Config) -> Iterator[WithoutEffect]:
+    if config.smoothing is None:
+        message = "nothing sets T_n, which does nothing at its start; set smoothing={} or remove it"
+        yield from _changed(config.transforms, "transforms", ["norm_scaling"], message, by_label=False)
 
 
 def _rotation(config: Config) -> Iterator[WithoutEffect]:

@@ -30,12 +30,13 @@ from fptquant.stages.distributed import is_main, on_main
 from fptquant.stages.find_prefix import check_prefix, resolve_prefix, with_prefix
 from fptquant.stages.fuse_norms import fuse_norms_
 from fptquant.stages.learn_rotation import learn_rotation_
-from fptquant.stages.merge_transforms import merge_blocks_, model_sizes, rotate_residual_
+from fptquant.stages.merge_transforms import merge_blocks_, model_sizes, rotate_residual_, scale_norms_
 from fptquant.stages.optimize_local import optimize_local_
 from fptquant.stages.prepared import PREPARED, Prepared, load_prepared, restore_state_, save_prepared
 from fptquant.stages.progress import Progress as ProgressCallback
 from fptquant.stages.rounding import round_, rounding_data
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
+from fptquant.stages.smooth import smooth_
 from fptquant.stages.student import attach_transforms_, untransformed
 from fptquant.stages.train import fingerprint, train_, training_data
 from fptquant.stages.untie import untie_
@@ -93,8 +94,10 @@ def check_model(model: PreTrainedModel, config: Config) -> None:
 
 
 def needs_calibration_text(config: Config) -> bool:
-    """Whether any activation or cache quantizer of the config is static, or a prefix is searched for."""
+    """Whether any activation or cache quantizer of the config is static, activations are smoothed, or a prefix is searched for."""
     quantization = config.quantization
+    if config.smoothing is not None:
+        return True
     if quantization.prefix == AUTO_PREFIX and quantization.quantized_sites:
         return True
     overridden = any(override.bits not in (None, 16) for override in quantization.overrides.values())
@@ -135,11 +138,12 @@ def _transform_(
     model: PreTrainedModel,
     config: Config,
     sizes: ModelSizes,
+    windows: Tensor,
     earlier: Prepared | None,
     stage: _Stages,
     progress: ProgressCallback,
 ) -> tuple[ModelTransforms, dict[str, Any]]:
-    """Untying, norm fusion, T_r, local optimization and merging; returns the transforms and what the stages report.
+    """Untying, norm fusion, T_r, smoothing, local optimization and merging; returns the transforms and what the stages report.
 
     T_k, T_v, T_u and T_d are not merged where training follows, which merges them at its end. What was found earlier is
     not found again.
@@ -164,6 +168,19 @@ def _transform_(
                 report["residual_rotation"] = learned.as_dict()
         with stage("merge the residual rotation"):
             rotate_residual_(model, rotation, progress)
+    if config.smoothing is not None and earlier is None:
+        with stage("smoothing"):
+            quantization = config.quantization
+            report["smoothing"] = smooth_(
+                model,
+                transforms,
+                windows,
+                alpha=config.smoothing.alpha,
+                prefix=quantization.prefix if isinstance(quantization.prefix, list) else (),
+                left_out=quantization.full_precision_tokens,
+                progress=progress,
+            )
+    scale_norms_(model, transforms)
     if config.local.method != "none" and earlier is None:
         with stage("local optimization"):
             local = optimize_local_(
@@ -197,9 +214,9 @@ def calibrate(
 ) -> CalibrationResult:
     """Calibrates a model as a config says: merges its transforms, sets its ranges, simulates its quantizers.
 
-    Stages: fuse norm gains, T_r, local optimization (no data), merging, weight ranges, activation ranges (calibration text); with
-    ``config.training`` end-to-end training of transforms and ranges, before they are merged; with ``config.rounding`` other than
-    to nearest, rounding of the merged weights (text).
+    Stages: fuse norm gains, T_r, with ``config.smoothing`` the scales of channels (calibration text), local optimization (no data),
+    merging, weight ranges, activation ranges (calibration text); with ``config.training`` end-to-end training of transforms and
+    ranges, before they are merged; with ``config.rounding`` other than to nearest, rounding of the merged weights (text).
     The model is copied first, so that it can serve as the full-precision reference; ``in_place`` saves that memory.
 
     Args:
@@ -291,7 +308,7 @@ def _prepare_(
             config, prefix_report = resolve_prefix(model, tokenizer, config, windows, progress=progress)
     else:
         config = with_prefix(config, earlier.prefix)
-    transforms, report = _transform_(model, config, sizes, earlier, stage, progress)
+    transforms, report = _transform_(model, config, sizes, windows, earlier, stage, progress)
     instrument_for(model, config)
     if config.training is not None:
         attach_transforms_(model, transforms)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BLOCK_SIDES: dict[str, dict[str, str]] = {
+    "attn_in_scaling": {"input_norm": "norm", **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "read")},
+    "mlp_in_scaling": {"post_norm": "norm", **dict.fromkeys(("gate_proj", "up_proj"), "read")},
     "query_key_rotation": {"k_proj": "key", "q_proj": "query"},
     "value_mixing": {"v_proj": "value", "o_proj": "output"},
     "up_scaling": {"up_proj": "up", "down_proj": "down"},
@@ -26,7 +28,7 @@ BLOCK_SIDES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("o_proj", "down_proj"), "write"),
     },
 }
-"""For each transform, the linears it is merged into and the side on which they stand."""
+"""For each transform, the linears and norms it is merged into and the side on which they stand."""
 
 OUTPUT_SIDES = frozenset({"key", "query", "value", "up", "write"})
 """Sides on which the transform acts on the output of a linear, hence on its bias too."""
@@ -46,15 +48,16 @@ def model_sizes(view: ModelView) -> ModelSizes:
     )
 
 
-def _merge_linear_(linear: nn.Linear, transform: Transform, side: str) -> None:
-    linear.weight.copy_(transform.merge_into(linear.weight, side))
-    if linear.bias is not None and side in OUTPUT_SIDES:
-        linear.bias.copy_(transform.merge_into(linear.bias, side))
+def _merge_into_(module: nn.Module, transform: Transform, side: str) -> None:
+    """A linear, or a norm with its gain for a weight."""
+    for parameter in (module.weight, getattr(module, "bias", None) if side in OUTPUT_SIDES else None):
+        if isinstance(parameter, nn.Parameter):
+            parameter.copy_(transform.merge_into(parameter, side))
 
 
 @torch.no_grad()
 def merge_block_(block: BlockView, transforms: Iterable[Transform]) -> None:
-    """Merges transforms into the linears of one block, in the order given.
+    """Merges transforms into the linears and norms of one block, in the order given.
 
     Raises:
         UserError: for T_k where norms of queries and keys sit between the projections and RoPE.
@@ -66,7 +69,7 @@ def merge_block_(block: BlockView, transforms: Iterable[Transform]) -> None:
                 "projections and RoPE; leave query_key_rotation out"
             )
         for name, side in BLOCK_SIDES[transform.name].items():
-            _merge_linear_(block.linear(name), transform, side)
+            _merge_into_(block.get(name), transform, side)
 
 
 @torch.no_grad()
@@ -85,7 +88,7 @@ def rotate_residual_(model: PreTrainedModel, rotation: ResidualRotation, progres
     for index, block in enumerate(blocks):
         merge_block_(block, [rotation])
         progress(index + 1, len(blocks), "merging the residual rotation")
-    _merge_linear_(view.lm_head, rotation, "read")
+    _merge_into_(view.lm_head, rotation, "read")
 
 
 def check_block_count(blocks: int, transforms: ModelTransforms) -> None:
@@ -94,8 +97,20 @@ def check_block_count(blocks: int, transforms: ModelTransforms) -> None:
         raise UserError(f"the model has {blocks} blocks, the transforms were built for {len(transforms.blocks)}")
 
 
+def scale_norms_(model: PreTrainedModel, transforms: ModelTransforms) -> None:
+    """Merges T_n of every block, if it is in use.
+
+    Raises:
+        UserError: if the numbers of blocks differ.
+    """
+    blocks = view_model(model).blocks
+    check_block_count(len(blocks), transforms)
+    for index, block in enumerate(blocks):
+        merge_block_(block, transforms.block(index).norm_scalings())
+
+
 def merge_blocks_(model: PreTrainedModel, transforms: ModelTransforms, *, progress: Progress = quiet) -> None:
-    """Merges the transforms of every block: everything but T_r.
+    """Merges the transforms of every block: everything but T_r and T_n.
 
     Raises:
         UserError: as `merge_block_`, or if the numbers of blocks differ.
@@ -103,14 +118,14 @@ def merge_blocks_(model: PreTrainedModel, transforms: ModelTransforms, *, progre
     blocks = view_model(model).blocks
     check_block_count(len(blocks), transforms)
     for index, block in enumerate(blocks):
-        merge_block_(block, transforms.block(index).used())
+        merge_block_(block, transforms.block(index).of_linears())
         progress(index + 1, len(blocks), "merging the transforms")
 
 
 def merge_transforms_(model: PreTrainedModel, transforms: ModelTransforms, *, progress: Progress = quiet) -> None:
-    """Merges everything that can be merged, T_r first; what acts at run time (T_d's transform, S_n) is left to the model.
+    """Merges everything that can be merged, T_r first, then T_n; what acts at run time (T_d's transform, S_n) is left to the model.
 
-    Local optimization comes in between, because it looks at the rotated weights: `rotate_residual_`, then
+    Local optimization comes in between, because it looks at the rotated weights: `rotate_residual_` and `scale_norms_`, then
     `fptquant.stages.optimize_local.optimize_local_`, then `merge_blocks_`.
 
     Raises:
@@ -118,6 +133,7 @@ def merge_transforms_(model: PreTrainedModel, transforms: ModelTransforms, *, pr
     """
     if transforms.residual_rotation is not None:
         rotate_residual_(model, transforms.residual_rotation, progress)
+    scale_norms_(model, transforms)
     merge_blocks_(model, transforms, progress=progress)
 
 

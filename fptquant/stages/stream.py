@@ -125,6 +125,8 @@ def _check_streamable(config: Config) -> None:
             "transforms.residual_rotation.learn = true looks at all weights in every step, which streaming never holds at once; "
             "set transforms.residual_rotation.learn=false, or calibrate in memory"
         )
+    if config.smoothing is not None:
+        raise UserError("smoothing looks at the activations of the whole model; set smoothing=null, or calibrate in memory")
     if config.rounds:
         raise UserError(
             f"rounding.method = {config.rounding.method} is not possible with streaming; set rounding.method=nearest, or calibrate "
@@ -306,7 +308,7 @@ class _Run:
                 report = optimize_blocks_([block], self.transforms, options)
                 state.local[index:] = [{name: asdict(term) for name, term in report.blocks[0].items()}]
         with state.stage("merge the transforms"):
-            merge_block_(block, self.transforms.block(index).used())
+            merge_block_(block, self.transforms.block(index).of_linears())
         self._prefix(index, stream.device)
         with state.stage("weight ranges"):
             set_weight_ranges_(layer)

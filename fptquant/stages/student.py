@@ -133,7 +133,7 @@ class Student(nn.Module):
     def _collect_transforms(self) -> None:
         used: list[tuple[str, Transform]] = [] if self.rotation is None else [("model", self.rotation)]
         for index in range(len(self.transforms.blocks)):
-            used += [(f"layers_{index}", transform) for transform in self.transforms.block(index).used()]
+            used += [(f"layers_{index}", transform) for transform in self.transforms.block(index).of_linears()]
         for where, transform in used:
             if getattr(self.settings.lr, transform.name, None) is None:
                 continue
@@ -317,7 +317,7 @@ def attach_transforms_(model: PreTrainedModel, transforms: ModelTransforms) -> N
     ``with untransformed(model): compute_prefix_(model, ids)``.
     """
     for block in view_model(model).blocks:
-        used = list(transforms.block(block.index).used())
+        used = list(transforms.block(block.index).of_linears())
         for name in LINEAR_NAMES:
             linear = block.linear(name)
             assert isinstance(linear, QuantizedLinear)

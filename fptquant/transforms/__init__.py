@@ -2,6 +2,7 @@
 
 from fptquant.transforms.base import Start, Transform
 from fptquant.transforms.down_hadamard import DownHadamard
+from fptquant.transforms.norm_scaling import AttentionInputScaling, MLPInputScaling, NormScaling
 from fptquant.transforms.order import (
     BlockTransforms,
     ModelSizes,
@@ -17,10 +18,13 @@ from fptquant.transforms.up_scaling import UpScaling
 from fptquant.transforms.value_mixing import ValueMixing
 
 __all__ = [
+    "AttentionInputScaling",
     "BlockTransforms",
     "DownHadamard",
+    "MLPInputScaling",
     "ModelSizes",
     "ModelTransforms",
+    "NormScaling",
     "QueryKeyRotation",
     "ResidualRotation",
     "ResidualScaling",

@@ -1,6 +1,6 @@
 """The transforms of a whole model, and the order in which they apply.
 
-Order of merging: T_r (rows and columns of every weight turn), then T_k, T_v, T_u of each block, T_d last: the down
+Order of merging: T_r (rows and columns of every weight turn), then T_n, T_k, T_v, T_u of each block, T_d last: the down
 projection's columns are divided by T_u's scales first and transformed by T_d then, because at run time T_d acts on the
 scaled activation. S_n acts at run time only. Local optimization looks at the weights after T_r and before T_d.
 """
@@ -17,6 +17,7 @@ from torch import nn
 from fptquant.errors import UserError
 from fptquant.transforms.base import Start, Transform
 from fptquant.transforms.down_hadamard import DownHadamard
+from fptquant.transforms.norm_scaling import AttentionInputScaling, MLPInputScaling, NormScaling
 from fptquant.transforms.query_key_rotation import QueryKeyRotation
 from fptquant.transforms.residual_rotation import ResidualRotation
 from fptquant.transforms.residual_scaling import ResidualScaling, Where
@@ -26,7 +27,7 @@ from fptquant.transforms.value_mixing import Constraint, ValueMixing
 if TYPE_CHECKING:
     from fptquant.config.schema import TransformsConfig
 
-BLOCK_ORDER = ("query_key_rotation", "value_mixing", "up_scaling", "down_hadamard")
+BLOCK_ORDER = ("attn_in_scaling", "mlp_in_scaling", "query_key_rotation", "value_mixing", "up_scaling", "down_hadamard")
 """Transforms of a block, in the order in which they are merged."""
 
 
@@ -48,6 +49,7 @@ class ModelSizes:
 class TransformOptions:
     """Which transforms are used, and from where they start; the field names are those of configs."""
 
+    norm_scaling: bool = False
     query_key_rotation: bool = False
     value_mixing: Start | None = None
     value_constraint: Constraint = "none"
@@ -61,6 +63,7 @@ class TransformOptions:
     def of(cls, used: TransformsConfig) -> TransformOptions:
         """What a config says."""
         return cls(
+            norm_scaling=used.norm_scaling is not None,
             query_key_rotation=used.query_key_rotation is not None,
             value_mixing=used.value_mixing.start if used.value_mixing else None,
             value_constraint=used.value_mixing.constraint if used.value_mixing else "none",
@@ -81,8 +84,12 @@ class BlockTransforms(nn.Module):
         value_mixing: ValueMixing | None = None,
         up_scaling: UpScaling | None = None,
         down_hadamard: DownHadamard | None = None,
+        attn_in_scaling: AttentionInputScaling | None = None,
+        mlp_in_scaling: MLPInputScaling | None = None,
     ) -> None:
         super().__init__()
+        self.attn_in_scaling = attn_in_scaling
+        self.mlp_in_scaling = mlp_in_scaling
         self.query_key_rotation = query_key_rotation
         self.value_mixing = value_mixing
         self.up_scaling = up_scaling
@@ -91,6 +98,14 @@ class BlockTransforms(nn.Module):
     def used(self) -> Iterator[Transform]:
         """The transforms in use, in the order of merging."""
         return (transform for name in BLOCK_ORDER if (transform := getattr(self, name)) is not None)
+
+    def norm_scalings(self) -> Iterator[NormScaling]:
+        """T_n of the two norms, if in use."""
+        return (transform for transform in self.used() if isinstance(transform, NormScaling))
+
+    def of_linears(self) -> Iterator[Transform]:
+        """The transforms in use that change linears alone: all but T_n, which changes norms too."""
+        return (transform for transform in self.used() if not isinstance(transform, NormScaling))
 
 
 class ModelTransforms(nn.Module):
@@ -161,7 +176,7 @@ def check_transforms(sizes: ModelSizes, options: TransformOptions) -> None:
 
 
 def build_transforms(sizes: ModelSizes, options: TransformOptions, *, seed: int = 0) -> ModelTransforms:
-    """Transforms at their starts: T_k and T_u do nothing yet, T_v and T_r are what their start says.
+    """Transforms at their starts: T_n, T_k and T_u do nothing yet, T_v and T_r are what their start says.
 
     Raises:
         UserError: as `check_transforms`.
@@ -190,6 +205,8 @@ def build_transforms(sizes: ModelSizes, options: TransformOptions, *, seed: int 
             value_mixing(index),
             UpScaling(sizes.intermediate_size) if options.up_scaling else None,
             DownHadamard(sizes.intermediate_size, options.down_hadamard_block) if options.down_hadamard else None,
+            AttentionInputScaling(sizes.hidden_size) if options.norm_scaling else None,
+            MLPInputScaling(sizes.hidden_size) if options.norm_scaling else None,
         )
         for index in range(sizes.num_layers)
     ]

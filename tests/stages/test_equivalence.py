@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.models.tiny import ARCHITECTURES, tiny_model
 from tests.stages.transformed import SIZES, act_online, fused_model, logits, random_transforms, relative_error
 
 MERGEABLE = {
+    "T_n": TransformOptions(norm_scaling=True),
     "T_k": TransformOptions(query_key_rotation=True),
     "T_v-identity": TransformOptions(value_mixing="identity"),
     "T_v-hadamard": TransformOptions(value_mixing="hadamard"),
@@ -26,9 +28,9 @@ MERGEABLE = {
     "T_r-hadamard": TransformOptions(residual_rotation="hadamard"),
     "T_r-random-hadamard": TransformOptions(residual_rotation="random_hadamard"),
     "T_r-orthogonal": TransformOptions(residual_rotation="random_orthogonal"),
-    "all": TransformOptions(query_key_rotation=True, value_mixing="hadamard", up_scaling=True, residual_rotation="random_hadamard"),
+    "all": TransformOptions(True, True, value_mixing="hadamard", up_scaling=True, residual_rotation="random_hadamard"),
 }
-ALL_BUT_T_K = TransformOptions(value_mixing="hadamard", up_scaling=True, residual_rotation="random_hadamard")
+ALL_BUT_T_K = replace(MERGEABLE["all"], query_key_rotation=False)
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 BOUNDS = {torch.bfloat16: 0.1, torch.float32: 2e-5, torch.float64: 1e-12}
 """Largest relative error of the logits: some tens of roundings of each dtype; random transforms of condition below 100."""
@@ -59,7 +61,7 @@ def test_each_transform_keeps_the_logits(architecture: str, name: str) -> None:
     assert relative_error(logits(model), before) < BOUNDS[torch.float64]
     assert transforms.fully_mergeable
     changed = not torch.equal(view_model(model).blocks[1].v_proj.weight, weight)
-    assert changed == (name.startswith(("T_v", "T_r")) or name == "all")
+    assert changed == (name.startswith(("T_n", "T_v", "T_r")) or name == "all")
 
 
 @pytest.mark.parametrize("architecture", ALL_ARCHITECTURES)
@@ -117,18 +119,10 @@ def test_down_hadamard_online_undoes_what_is_merged(architecture: str, block_siz
 
 @pytest.mark.parametrize("architecture", ALL_ARCHITECTURES)
 @pytest.mark.parametrize("where", ["input", "output"])
-def test_all_six_in_an_instrumented_model(architecture: str, where: str) -> None:
+def test_all_seven_in_an_instrumented_model(architecture: str, where: str) -> None:
     model = fused_model(architecture)
     before = logits(model)
-    merged = everything(architecture)
-    options = TransformOptions(
-        merged.query_key_rotation,
-        merged.value_mixing,
-        up_scaling=True,
-        residual_rotation="random_hadamard",
-        down_hadamard=True,
-        residual_scaling="input" if where == "input" else "output",
-    )
+    options = replace(everything(architecture), down_hadamard=True, residual_scaling="input" if where == "input" else "output")
     merge_transforms_(model, random_transforms(model, options))
     instrument(model, QuantizationConfig(), residual_scaling=options.residual_scaling, down_hadamard=True)
     assert relative_error(logits(model), before) < BOUNDS[torch.float64]

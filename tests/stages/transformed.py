@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from fptquant.models.adapter import view_model
 from fptquant.models.norm import widen_norms_
-from fptquant.stages.fuse_norms import fuse_norms_
+from fptquant.stages.fuse_norms import NORM_READERS, fuse_norms_
 from fptquant.stages.merge_transforms import model_sizes
 from fptquant.stages.untie import untie_
 from fptquant.transforms import (
     ModelTransforms,
+    NormScaling,
     QueryKeyRotation,
     ResidualRotation,
     Transform,
@@ -112,6 +113,11 @@ def _act_in_block(block: Any, transform: Transform) -> None:
     elif isinstance(transform, UpScaling):
         _after(block.up_proj, transform)
         _before(block.down_proj, transform.inverse)
+    elif isinstance(transform, NormScaling):
+        norm = "input_norm" if transform.name == "attn_in_scaling" else "post_norm"
+        _after(block.get(norm), transform)
+        for reader in NORM_READERS[norm]:
+            _before(block.linear(reader), transform.inverse)
     else:
         raise AssertionError(transform.symbol)
 
