@@ -41,6 +41,7 @@ def find_without_effect(config: Config) -> list[WithoutEffect]:
     return [
         *_local(config),
         *_norm_scaling(config),
+        *_query_key_hadamard(config),
         *_rotation(config),
         *_weights(quantization),
         *_part(quantization, "activation"),
@@ -87,6 +88,12 @@ def _norm_scaling(config: Config) -> Iterator[WithoutEffect]:
     if config.smoothing is None:
         message = "nothing sets T_n, which does nothing at its start; set smoothing={} or remove it"
         yield from _changed(config.transforms, "transforms", ["norm_scaling"], message, by_label=False)
+
+
+def _query_key_hadamard(config: Config) -> Iterator[WithoutEffect]:
+    if not config.quantization.quantized_sites & {"k_cache", "q"}:
+        message = "neither keys nor queries are quantized; set quantization.kv_cache.bits or remove it"
+        yield from _changed(config.transforms, "transforms", ["query_key_hadamard"], message, by_label=True)
 
 
 def _rotation(config: Config) -> Iterator[WithoutEffect]:

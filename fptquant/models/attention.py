@@ -1,4 +1,4 @@
-"""The attention function ``fptquant``: quantizes queries and softmax outputs, which no module boundary shows."""
+"""The attention function ``fptquant``: transforms queries, quantizes them and softmax outputs, which no module boundary shows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def quantized_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention with quantized queries and probabilities, and a prefix before the keys and values.
+    """Scaled dot-product attention with transformed (T_h) and quantized queries, quantized probabilities, and a prefix before the
+    keys and values.
 
     Without a quantizer of the softmax output this is the library's own ``sdpa``. No quantizer sees the prefix: the
     probabilities of its columns stay in full precision, as its keys and values do.
@@ -39,6 +40,7 @@ def quantized_attention(
     """
     context = module.context
     assert isinstance(context, ForwardContext)
+    query = context.transform_head(query)
     if isinstance(module.query_quantizer, Quantizer):
         query = module.query_quantizer(query, context.kept_heads(query, module.query_quantizer.full_precision_tokens))
     prefix = prefix_keys_values(module)

@@ -1,4 +1,4 @@
-"""Keys and values are quantized on their way into the cache, so that what is stored was rounded once."""
+"""Keys and values are transformed (T_h) and quantized on their way into the cache, so that what is stored was rounded once."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ class QuantizingCache:
         self.context = context
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Quantizes, stores and returns the keys and values to attend to.
+        """Transforms, quantizes, stores and returns the keys and values to attend to.
 
         Shape: keys (after RoPE) and values of this pass [B, kv_heads, T, head_dim].
         """
+        keys = self.context.transform_head(keys)
         if self.key_quantizer is not None:
             keys = self.key_quantizer(keys, self.context.kept_heads(keys, self.key_quantizer.full_precision_tokens))
         if self.value_quantizer is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fptquant import ops
 from fptquant.errors import UserError
 
 
@@ -23,8 +26,11 @@ class ForwardContext:
     def __init__(self) -> None:
         self.own_layers = False
         """Whether decoder layers were replaced, so that the library does not find them to record hidden states."""
+        self.query_key_hadamard = False
+        """Whether queries and keys are transformed after RoPE (T_h)."""
         self.full_precision = False
-        """Whether linears leave out transforms that are not merged yet: then the model computes what its teacher does."""
+        """Whether linears leave out transforms that are not merged yet, and attention T_h: then the model computes what its
+        teacher does."""
         self.index: Tensor | None = None
         self.running_scale: Tensor | None = None
         self.residual: Tensor | None = None
@@ -37,6 +43,7 @@ class ForwardContext:
         """A copied model starts between two passes: tensors of a pass in flight belong to the old one."""
         copied = ForwardContext()
         copied.own_layers = self.own_layers
+        copied.query_key_hadamard = self.query_key_hadamard
         memo[id(self)] = copied
         return copied
 
@@ -66,6 +73,19 @@ class ForwardContext:
     def inverse_scale(self, x: Tensor) -> Tensor | None:
         """1 / sigma [B, T, 1] to multiply ``x`` by, or None outside of S_n."""
         return None if self.running_scale is None else self.running_scale.to(x.device).reciprocal()
+
+    def transform_head(self, x: Tensor) -> Tensor:
+        """T_h of queries or keys [..., head_dim] after RoPE, if it is in use."""
+        return ops.hadamard(x) if self.query_key_hadamard and not self.full_precision else x
+
+    @contextmanager
+    def teacher(self) -> Iterator[None]:
+        """Passes leave out what `full_precision` says meanwhile."""
+        before, self.full_precision = self.full_precision, True
+        try:
+            yield
+        finally:
+            self.full_precision = before
 
     def kept_tokens(self, x: Tensor, first: int) -> Tensor | None:
         """The tokens of ``x`` [B, T, C] that stay in full precision where ``first`` tokens of each text do.

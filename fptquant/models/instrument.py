@@ -57,6 +57,7 @@ def instrument(
     residual_scaling: Literal["input", "output"] | None = None,
     down_hadamard: bool = False,
     down_hadamard_block: int | None = None,
+    query_key_hadamard: bool = False,
 ) -> dict[str, Quantizer]:
     """Prepares a model for simulated quantization; returns its new quantizers by name, all in mode ``off``.
 
@@ -70,6 +71,7 @@ def instrument(
         residual_scaling: where S_n divides by the running scale, or None without S_n.
         down_hadamard: transform the input of ``down_proj`` online (its weight must hold the inverse already).
         down_hadamard_block: block size of that transform; None for the whole ``intermediate_size``.
+        query_key_hadamard: transform queries and keys after RoPE.
 
     Errors: UserError for an unsupported architecture, a model that was prepared before, an impossible block or group
         size, an unknown site; nothing has been changed then.
@@ -79,6 +81,7 @@ def instrument(
     specs, weight = point_specs(quantization, view.head_dim), weight_spec(quantization)
     block_size = (down_hadamard_block or view.intermediate_size) if down_hadamard else None
     context = ForwardContext()
+    context.query_key_hadamard = query_key_hadamard
     if residual_scaling is not None:  # first: hooks of quantizers belong on the norms that stay
         _scale_norms(view, context)
     for block in view.blocks:
@@ -94,7 +97,7 @@ def instrument(
         _replace_layers(view, specs, context)
     for name, part in (("embedding_out", view.embedding), ("final_norm_out", view.final_norm)):
         _quantize_output(part, specs, name, "", context)
-    if {"q", "softmax_out"} & specs.keys() or quantization.prefix is not None:
+    if {"q", "softmax_out"} & specs.keys() or quantization.prefix is not None or query_key_hadamard:
         model.set_attn_implementation(ATTENTION_NAME)
     decoder = view.decoder
     decoder.context = context  # type: ignore[assignment]
@@ -112,6 +115,7 @@ def instrument_for(model: PreTrainedModel, config: Config) -> None:
         residual_scaling=options.residual_scaling,
         down_hadamard=options.down_hadamard,
         down_hadamard_block=options.down_hadamard_block,
+        query_key_hadamard=options.query_key_hadamard,
     )
 
 
@@ -194,7 +198,7 @@ def _instrument_attention(block: BlockView, specs: dict[str, QuantizerSpec], con
     attention.prefix = Prefix() if prefix else None  # type: ignore[assignment]
     for point, attribute in ATTENTION_ATTRIBUTE.items():
         setattr(attention, attribute, _build(specs, point, _prefix(block)))
-    if CACHE_POINTS & specs.keys():
+    if CACHE_POINTS & specs.keys() or context.query_key_hadamard:
         attention.register_forward_pre_hook(quantize_cache, with_kwargs=True)
 
 

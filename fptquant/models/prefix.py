@@ -37,7 +37,7 @@ class Prefix(WideBuffers):
     A call gives the (key, value) that attention puts before those of the text. Whoever changes keys and values at run time
     (T_k, T_v while they are trained and not merged) changes these too, by a forward hook of this module.
 
-    Shape: key, value [kv_heads, P, head_dim], float32 or wider; keys after RoPE, at positions -P..-1. They keep that
+    Shape: key, value [kv_heads, P, head_dim], float32 or wider; keys after RoPE and before T_h, at positions -P..-1. They keep that
         dtype when the model is converted to a narrower one.
     """
 
@@ -69,14 +69,14 @@ def prefix_keys_values(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     The one place where attention asks for them. A pass that plays the full-precision teacher has none: what a prefix is
     measured against is the model without it.
 
-    Shape: both [kv_heads, P, head_dim]; keys after RoPE, at positions -P..-1.
+    Shape: both [kv_heads, P, head_dim]; keys after RoPE, at positions -P..-1, and after T_h.
     """
     prefix, context = module.prefix, module.context
     assert isinstance(context, ForwardContext)
     if not isinstance(prefix, Prefix) or prefix.length == 0 or context.full_precision:
         return None
-    found: tuple[Tensor, Tensor] = prefix()
-    return found
+    key, value = prefix()
+    return context.transform_head(key), value
 
 
 def put_prefix_first(
@@ -160,7 +160,9 @@ def compute_prefix_(model: PreTrainedModel, ids: Sequence[int]) -> None:
     if any(module.mode != "off" for module in model.modules() if isinstance(module, Quantizer)):
         raise UserError("the prefix is computed in full precision; switch the quantizers off before")
     view, cache = view_model(model), DynamicCache()
-    with prefix_off(model):
+    context = view.decoder.context
+    assert isinstance(context, ForwardContext)
+    with prefix_off(model), context.teacher():  # keys before T_h, which are moved to other positions
         view.decoder(input_ids=torch.tensor([list(ids)], device=model.device), past_key_values=cache, use_cache=True)
     frequencies = view.get("rotary").inv_freq
     assert isinstance(frequencies, Tensor)

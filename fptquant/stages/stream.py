@@ -329,7 +329,8 @@ class _Run:
             return
         state = None if part == -1 else PartState(**load_file(before, str(device)))
         cache = DynamicCache()
-        with prefix_off(self.stream.result.model), self.decoder.only(part):
+        model = self.stream.result.model
+        with prefix_off(model), get_context(model).teacher(), self.decoder.only(part):
             found = self.decoder.run(torch.tensor([ids], device=device), state, cache)
         states = {name: value for name, value in asdict(found).items() if value is not None}
         write_shard(self.work / f"prefix-states-{part + 1}.safetensors", states)

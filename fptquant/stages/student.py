@@ -303,12 +303,8 @@ class Student(nn.Module):
 @contextmanager
 def untransformed(model: PreTrainedModel) -> Iterator[None]:
     """Attached transforms of an instrumented model are left out meanwhile."""
-    context = get_context(model)
-    context.full_precision = True
-    try:
+    with get_context(model).teacher():
         yield
-    finally:
-        context.full_precision = False
 
 
 def attach_transforms_(model: PreTrainedModel, transforms: ModelTransforms) -> None:

@@ -11,6 +11,7 @@ from fptquant.transforms.order import (
     build_transforms,
     check_transforms,
 )
+from fptquant.transforms.query_key_hadamard import QueryKeyHadamard
 from fptquant.transforms.query_key_rotation import QueryKeyRotation
 from fptquant.transforms.residual_rotation import ResidualRotation
 from fptquant.transforms.residual_scaling import ResidualScaling
@@ -25,6 +26,7 @@ __all__ = [
     "ModelSizes",
     "ModelTransforms",
     "NormScaling",
+    "QueryKeyHadamard",
     "QueryKeyRotation",
     "ResidualRotation",
     "ResidualScaling",

@@ -2,7 +2,7 @@
 
 Order of merging: T_r (rows and columns of every weight turn), then T_n, T_k, T_v, T_u of each block, T_d last: the down
 projection's columns are divided by T_u's scales first and transformed by T_d then, because at run time T_d acts on the
-scaled activation. S_n acts at run time only. Local optimization looks at the weights after T_r and before T_d.
+scaled activation. S_n and T_h act at run time only. Local optimization looks at the weights after T_r and before T_d.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fptquant.errors import UserError
 from fptquant.transforms.base import Start, Transform
 from fptquant.transforms.down_hadamard import DownHadamard
 from fptquant.transforms.norm_scaling import AttentionInputScaling, MLPInputScaling, NormScaling
+from fptquant.transforms.query_key_hadamard import QueryKeyHadamard
 from fptquant.transforms.query_key_rotation import QueryKeyRotation
 from fptquant.transforms.residual_rotation import ResidualRotation
 from fptquant.transforms.residual_scaling import ResidualScaling, Where
@@ -58,6 +59,7 @@ class TransformOptions:
     down_hadamard: bool = False
     down_hadamard_block: int | None = None
     residual_scaling: Where | None = None
+    query_key_hadamard: bool = False
 
     @classmethod
     def of(cls, used: TransformsConfig) -> TransformOptions:
@@ -72,6 +74,7 @@ class TransformOptions:
             down_hadamard=used.down_hadamard is not None,
             down_hadamard_block=used.down_hadamard.block_size if used.down_hadamard else None,
             residual_scaling=used.residual_scaling.where if used.residual_scaling else None,
+            query_key_hadamard=used.query_key_hadamard is not None,
         )
 
 
@@ -118,10 +121,12 @@ class ModelTransforms(nn.Module):
         blocks: list[BlockTransforms],
         residual_rotation: ResidualRotation | None = None,
         residual_scaling: ResidualScaling | None = None,
+        query_key_hadamard: QueryKeyHadamard | None = None,
     ) -> None:
         super().__init__()
         self.residual_rotation = residual_rotation
         self.residual_scaling = residual_scaling
+        self.query_key_hadamard = query_key_hadamard
         self.blocks = nn.ModuleList(blocks)
 
     def block(self, index: int) -> BlockTransforms:
@@ -132,11 +137,14 @@ class ModelTransforms(nn.Module):
 
     def used(self) -> Iterator[Transform]:
         """All transforms in use, in the order of merging."""
-        for transform in (self.residual_rotation, self.residual_scaling):
-            if transform is not None:
-                yield transform
+        yield from self._of_all_blocks()
         for index in range(len(self.blocks)):
             yield from self.block(index).used()
+
+    def _of_all_blocks(self) -> Iterator[Transform]:
+        for transform in (self.residual_rotation, self.residual_scaling, self.query_key_hadamard):
+            if transform is not None:
+                yield transform
 
     @property
     def fully_mergeable(self) -> bool:
@@ -150,7 +158,7 @@ class ModelTransforms(nn.Module):
 
     def describe(self) -> list[dict[str, Any]]:
         """What is used: the model's transforms, then those of each block with the block's index."""
-        whole = [t.describe() for t in (self.residual_rotation, self.residual_scaling) if t is not None]
+        whole = [transform.describe() for transform in self._of_all_blocks()]
         blocks = ({"block": i, **t.describe()} for i in range(len(self.blocks)) for t in self.block(i).used())
         return [*whole, *blocks]
 
@@ -169,6 +177,8 @@ def check_transforms(sizes: ModelSizes, options: TransformOptions) -> None:
         )
     if options.down_hadamard:
         DownHadamard(sizes.intermediate_size, options.down_hadamard_block)
+    if options.query_key_hadamard:
+        QueryKeyHadamard(sizes.head_dim)
     if options.residual_rotation is not None:
         ResidualRotation(sizes.hidden_size, start=options.residual_rotation)
     if options.value_mixing is not None:
@@ -215,4 +225,5 @@ def build_transforms(sizes: ModelSizes, options: TransformOptions, *, seed: int 
         blocks,
         ResidualRotation(sizes.hidden_size, start=rotation, seed=seed) if rotation is not None else None,
         ResidualScaling(sizes.norm_eps, scaling) if scaling is not None else None,
+        QueryKeyHadamard(sizes.head_dim) if options.query_key_hadamard else None,
     )

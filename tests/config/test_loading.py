@@ -157,6 +157,7 @@ WITHOUT_EFFECT = [
     ("quantization.kv_cache.symmetric", ["quantization=w4a8", "quantization.kv_cache.symmetric=true"]),
     ("quantization.full_precision_tokens", ["quantization=w4a16", "quantization.full_precision_tokens=1"]),
     ("quantization.prefix", ["quantization=w4a16", "quantization.prefix=auto"]),
+    ("transforms.query_key_hadamard", ["quantization=w4a8", "transforms.query_key_hadamard={}"]),
     ("transforms.norm_scaling", ["transforms.norm_scaling={}"]),
     ("rounding.act_order", ["rounding.act_order=true"]),
     ("rounding.windows", ["rounding.windows=3"]),

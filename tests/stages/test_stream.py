@@ -125,6 +125,7 @@ BARE = tuple(f"transforms.{name}=false" for name in ("query_key_rotation", "valu
         pytest.param(("dtype=bfloat16", "transforms.residual_rotation.start=random_orthogonal"), id="bfloat16"),
         pytest.param((*BARE, *PLAIN, "norm_gains=kept", "local.method=none"), id="kept gains"),
         pytest.param(("quantization=w4a16", "quantization.overrides.final_norm_out.bits=8"), id="only the final norm"),
+        pytest.param(("quantization.prefix=[7,3,7]", "transforms.query_key_hadamard=true"), id="T_h behind a prefix"),
         pytest.param(("quantization.prefix=some text", "transforms.residual_scaling=true"), id="prefix"),
         pytest.param(("quantization=w4a4kv4-dynamic", "quantization.prefix=[7,3,7]"), id="prefix without text"),
         pytest.param(("quantization.activation.range.method=min_max", "quantization.kv_cache.range.method=min_max"), id="min max"),
