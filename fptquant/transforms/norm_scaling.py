@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from fptquant import ops
-from fptquant.errors import UserError
-from fptquant.transforms.base import Transform, compute_dtype
+from fptquant.transforms.channel_scaling import ChannelScaling
 
 
-class NormScaling(Transform):
+class NormScaling(ChannelScaling):
     """Scales the channels of an RMSNorm's output, by its gain.
 
-    forward: x'_j = exp(log_scale_j) x_j;  inverse: x_j = exp(-log_scale_j) x'_j.
     The gain comes after the division by the root mean square, so the residual and the norm's statistics stay as they are.
 
     Shape: log_scale [H]; activations [..., H]; gain [H] of the norm (side ``norm``), weight [out, H] of a linear that reads it
@@ -25,35 +19,7 @@ class NormScaling(Transform):
     """
 
     symbol: ClassVar[str] = "T_n"
-    mergeable: ClassVar[bool] = True
-    online: ClassVar[bool] = False
     sides: ClassVar[tuple[str, ...]] = ("norm", "read")
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(hidden_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scales the norm's output [..., H]."""
-        dtype = compute_dtype(x)
-        return (x.to(dtype) * self.log_scale.to(dtype).exp()).to(x.dtype)
-
-    def inverse(self, x: Tensor) -> Tensor:
-        """Undoes the scale, at the input of a linear [..., H]."""
-        dtype = compute_dtype(x)
-        return (x.to(dtype) * (-self.log_scale.to(dtype)).exp()).to(x.dtype)
-
-    def merge(self, weight: Tensor, side: str) -> Tensor:
-        self._check_side(side)
-        if weight.shape[-1] != self.log_scale.numel():
-            raise UserError(
-                f"T_n of {self.log_scale.numel()} channels does not fit a weight of shape {list(weight.shape)} on side {side}"
-            )
-        return ops.merge_scale(weight, self.log_scale) if side == "norm" else ops.merge_scale(weight, None, -self.log_scale)
-
-    def describe(self) -> dict[str, Any]:
-        scale = self.log_scale.detach().exp()
-        return {**super().describe(), "smallest_scale": float(scale.min()), "largest_scale": float(scale.max())}
 
 
 class AttentionInputScaling(NormScaling):
