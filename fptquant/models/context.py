@@ -26,6 +26,8 @@ class ForwardContext:
     def __init__(self) -> None:
         self.own_layers = False
         """Whether decoder layers were replaced, so that the library does not find them to record hidden states."""
+        self.attention: str | None = None
+        """The attention function without which the model computes something else; None for any."""
         self.query_key_hadamard = False
         """Whether queries and keys are transformed after RoPE (T_h)."""
         self.full_precision = False
@@ -43,6 +45,7 @@ class ForwardContext:
         """A copied model starts between two passes: tensors of a pass in flight belong to the old one."""
         copied = ForwardContext()
         copied.own_layers = self.own_layers
+        copied.attention = self.attention
         copied.query_key_hadamard = self.query_key_hadamard
         memo[id(self)] = copied
         return copied
@@ -135,6 +138,12 @@ def begin_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     context = module.context
     assert isinstance(context, ForwardContext)
     context.clear()
+    attention = getattr(module.config, "_attn_implementation", None)
+    if context.attention is not None and attention != context.attention:
+        raise UserError(
+            f"the attention function was changed to {attention}, which knows nothing of this model's prefix, queries or softmax "
+            f'outputs; call model.set_attn_implementation("{context.attention}")'
+        )
     names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
     inputs = dict(zip(names, args, strict=False)) | kwargs
     asked = inputs.get("output_hidden_states") or getattr(module.config, "output_hidden_states", False)

@@ -99,6 +99,7 @@ def instrument(
         _quantize_output(part, specs, name, "", context)
     if {"q", "softmax_out"} & specs.keys() or quantization.prefix is not None or query_key_hadamard:
         model.set_attn_implementation(ATTENTION_NAME)
+        context.attention = ATTENTION_NAME
     decoder = view.decoder
     decoder.context = context  # type: ignore[assignment]
     decoder.register_forward_pre_hook(begin_pass, with_kwargs=True)

@@ -130,3 +130,15 @@ def test_a_calibration_with_it_can_be_saved(tmp_path: Any, training: bool) -> No
     loaded, _ = fq.load_calibrated(tmp_path / "out")
     assert get_context(loaded).query_key_hadamard
     assert torch.equal(logits(loaded, token_ids(1, 30)), logits(result.model, token_ids(1, 30)))
+
+
+@pytest.mark.parametrize("options", [{"transformed": True}, {"transformed": False, "prefix": True}], ids=["T_h", "prefix"])
+def test_another_attention_function_is_refused(options: dict[str, bool]) -> None:
+    """It would see transformed keys beside queries as they were, or no prefix."""
+    model = model_of("LlamaForCausalLM", **options)
+    expected = logits(model, token_ids())
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(fq.UserError, match=r"changed to sdpa.*set_attn_implementation\(\"fptquant\"\)"):
+        logits(model, token_ids())
+    model.set_attn_implementation("fptquant")
+    assert torch.equal(logits(model, token_ids()), expected)
