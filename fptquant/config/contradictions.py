@@ -40,7 +40,7 @@ def _norms_and_residual(config: Config) -> Iterator[Contradiction]:
             path = f"transforms.{name}"
             yield Contradiction(
                 ("norm_gains", path),
-                f"kept is not possible with {path}, which needs norms without gains; set norm_gains=fused",
+                f"kept is not possible with {path}, which needs the gains of the norms folded away; set norm_gains=fused",
             )
     if config.training is not None and config.training.lr.residual_rotation is not None:
         yield Contradiction(
@@ -90,6 +90,11 @@ def _smoothing(config: Config) -> Iterator[Contradiction]:
         yield Contradiction(
             ("smoothing", "transforms.value_mixing.constraint"),
             "scales are no orthogonal matrix; set transforms.value_mixing.constraint=none",
+        )
+    if mixing is not None and mixing.start != "identity":
+        yield Contradiction(
+            ("smoothing", "transforms.value_mixing.start"),
+            f"it makes T_v a diagonal matrix instead of its start, {mixing.start}; set transforms.value_mixing.start=identity",
         )
 
 
@@ -174,7 +179,8 @@ def _tokens(config: Config) -> Iterator[Contradiction]:
     kept = {"quantization.full_precision_tokens": quantization.full_precision_tokens}
     for site, override in quantization.overrides.items():
         kept[f"quantization.overrides.{site}.full_precision_tokens"] = override.full_precision_tokens or 0
-    for part in ("calibration", "evaluation", *(["training"] if config.training is not None else [])):
+    parts = {"calibration": True, "evaluation": True, "training": config.training is not None, "rounding": config.rounds}
+    for part in (name for name, used in parts.items() if used):
         window = getattr(config, part).window
         for path, tokens in kept.items():
             if tokens < window:

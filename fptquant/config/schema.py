@@ -289,7 +289,7 @@ class TransformsConfig(StrictModel):
 
     @property
     def used(self) -> tuple[str, ...]:
-        """Names of the transforms in use, in the order of the paper."""
+        """Names of the transforms in use."""
         return tuple(name for name in type(self).model_fields if getattr(self, name) is not None)
 
 
