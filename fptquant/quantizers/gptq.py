@@ -32,7 +32,7 @@ _MOST = 1e3
 class GPTQOptions:
     """How weights are rounded; the field names are those of configs."""
 
-    act_order: bool = True
+    act_order: bool = False
     """Columns of large inputs first: their errors can still be made up for by all others."""
     damping: float = 0.01
     """Share of the mean diagonal entry that is added to the diagonal of the Hessian."""
@@ -72,9 +72,13 @@ class Hessian:
                 self._upper[begin:end, begin:] += values[:, begin:end].T @ values[:, begin:]
 
     def matrix(self) -> Tensor:
-        """The sum [columns, columns], float64."""
-        upper = self._upper.triu()
-        return upper + upper.triu(1).T
+        """The sum [columns, columns], float64: no copy, nothing can be added after it."""
+        for begin in range(0, len(self._upper), _BLOCK):
+            end = begin + _BLOCK
+            corner = self._upper[begin:end, begin:end]
+            corner.copy_(corner.triu() + corner.triu(1).T)
+            self._upper[end:, begin:end] = self._upper[begin:end, end:].T
+        return self._upper
 
 
 @dataclass(frozen=True)
@@ -94,30 +98,32 @@ def factorize(hessian: Tensor, options: GPTQOptions, name: str = "weight") -> Fa
 
     With J the reversal of the columns, J H J = L L^T and hence H^-1 = U^T U for U = J L^-1 J, which is upper triangular.
 
-    Shape: hessian [columns, columns] float64.
+    Shape: hessian [columns, columns] float64. Four more of this size are in memory meanwhile.
 
     Raises:
         UserError: names the layer if its inputs are not finite.
     """
     diagonal = hessian.diagonal()
+    columns = len(hessian)
     if not bool(torch.isfinite(hessian).all()):
         raise UserError(f"the inputs of {name} hold NaN or infinity: its Hessian is not finite; check the layers before it")
     order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else None
-    ordered = hessian if order is None else hessian[order][:, order]
+    backwards = (torch.arange(columns, device=hessian.device) if order is None else order).flip(0)
     mean = float(diagonal.mean()) or 1.0  # all inputs are 0: then every rounding is as good
     damping = options.damping
     while True:
-        damped = ordered.flip((0, 1))
+        damped = hessian[backwards[:, None], backwards]
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
             break
         if damping >= _MOST:
             raise UserError(f"the Hessian of {name} cannot be factored even with {damping:g} of its mean diagonal added")
         damping *= _MORE
-    identity = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return Factor(inverse.flip((0, 1)).contiguous(), order, damping)
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(columns, dtype=lower.dtype, device=lower.device), upper=False)
+    del lower
+    return Factor(inverse.flip((0, 1)), order, damping)
 
 
 @torch.no_grad()

@@ -127,7 +127,7 @@ def run_experiment(
             preflight(model, tokenizer, config)
         settings = first.evaluation
         windows, _ = evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)
-    on_main(lambda: check(_needed_bytes(model, windows, len(configs) if save else 0)))
+    on_main(lambda: check(_needed_bytes(model, windows, len(configs) if save else 0, sum(config.rounds for config in configs))))
     with _results_folder(configs, output, overwrite=overwrite, resume=resume) as folder:
         if is_main():
             (folder / "plots").mkdir()
@@ -177,12 +177,18 @@ def preflight(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
     check_prefix(model, tokenizer, config, calibration_windows(model, tokenizer, config).shape[1], config.evaluation.window)
 
 
-def _needed_bytes(model: PreTrainedModel, windows: Tensor, saved: int) -> int:
+def _needed_bytes(model: PreTrainedModel, windows: Tensor, saved: int, rounded: int) -> int:
+    """Disk space for so many saved models, and so many whose rounded blocks are kept until the run is finished."""
     states = windows.numel() * int(model.config.hidden_size) * model.dtype.itemsize
     parameters = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     # Untying adds a head as large as the embedding, at most as much again; the smaller files are within the rest.
     embedding = view_model(model).embedding.weight
-    return _REPORT_BYTES + states + saved * int(1.05 * (parameters + embedding.numel() * embedding.element_size()))
+    return (
+        _REPORT_BYTES
+        + states
+        + rounded * parameters
+        + saved * int(1.05 * (parameters + embedding.numel() * embedding.element_size()))
+    )
 
 
 def _measure_baseline(

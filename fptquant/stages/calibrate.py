@@ -54,7 +54,8 @@ class CalibrationResult:
     """A calibrated model, and how it came about."""
 
     model: PreTrainedModel
-    """Full-precision weights with the transforms merged; quantizers simulate the setting in every forward pass."""
+    """Full-precision weights with the transforms merged, or what rounding has made of them; quantizers simulate the setting in
+    every forward pass."""
     tokenizer: PreTrainedTokenizerBase
     config: Config
     """As it was given, with the prefix as token ids."""
@@ -283,7 +284,10 @@ def _calibrate_(
         stage.seconds[TRAINING] = max(stage.seconds[TRAINING], report["training"]["seconds"])
     if to_round is not None:
         with stage("rounding"):
-            report["rounding"] = round_(calibrated, config, to_round, folder=folder, progress=progress)
+            report["rounding"] = round_(
+                calibrated, config, to_round, belongs_to=str(belongs_to), folder=folder, resume=resume, progress=progress
+            )
+        stage.seconds["rounding"] = max(stage.seconds["rounding"], report["rounding"]["seconds"])
     seconds = max(time.perf_counter() - start, sum(stage.seconds.values()))
     metrics = {"seconds": seconds, "stages": stage.seconds, "calibration_tokens": windows.numel(), **report}
     return CalibrationResult(calibrated, tokenizer, config, transforms, metrics)

@@ -7,11 +7,12 @@ weight rounded before the pass goes on. So one pass of each block is enough, and
 A block that is finished can be kept in a file, from which a run that was killed goes on.
 
 Memory: hidden states of all windows, and while a block runs its activations for all windows (about five times
-tokens x intermediate_size), and a float64 Hessian with its factor (3 x columns^2).
+tokens x intermediate_size), and five float64 matrices of the size of a Hessian, columns^2.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from fptquant.models.instrument import get_context
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.models.streaming import PartialDecoder
 from fptquant.quantizers.gptq import Factor, GPTQOptions, Hessian, factorize, gptq_round
-from fptquant.stages.distributed import broadcast_, is_main, own, reduced, world_size
+from fptquant.stages.distributed import broadcast_, is_main, on_main, own, reduced, world_size
 from fptquant.stages.progress import Progress, quiet
 
 if TYPE_CHECKING:
@@ -70,15 +71,16 @@ class _Rounder:
 
     def _factor(self, linear: QuantizedLinear, x: Tensor, name: str) -> Factor:
         """Of the inputs as they meet the weight, or that of the last linear if it read the same."""
-        own = linear.input_quantizer is not None or linear.hadamard_block is not None or linear.scaled is not None
-        if self._last is not None and self._last[0] is x and not own:
+        changed = linear.input_quantizer is not None or linear.hadamard_block is not None or linear.scaled is not None
+        if self._last is not None and self._last[0] is x and not changed:
             return self._last[1]
+        self._last = None
         inputs = linear.prepare_input(x)
         inverse = linear.context.inverse_scale(x) if linear.scaled == "output" else None
         hessian = Hessian(linear.in_features, x.device)
         hessian.add(inputs if inverse is None else inputs * inverse)
-        matrix = reduced(hessian.matrix(), "sum") if self.shared else hessian.matrix()
-        factor = factorize(matrix, self.options, name)
+        matrix = hessian.matrix()
+        factor = factorize(reduced(matrix, "sum") if self.shared else matrix, self.options, name)
         self._last = (x, factor)
         return factor
 
@@ -110,8 +112,16 @@ def _linears(block: BlockView) -> dict[str, QuantizedLinear]:
     return found
 
 
+@dataclass
+class _Block:
+    """What is reported of a block."""
+
+    linears: dict[str, LinearReport]
+    seconds: float
+
+
 class _KeptBlock:
-    """A file with the rounded weights of a block, their ranges, and what is reported of them."""
+    """A file with the rounded weights of a block, their ranges, and what is reported of them. The main process alone uses it."""
 
     def __init__(self, file: KeptFile, linears: dict[str, QuantizedLinear], belongs_to: str) -> None:
         self.file, self.linears, self.belongs_to = file, linears, belongs_to
@@ -125,13 +135,20 @@ class _KeptBlock:
             found |= {f"{part}/{name}": value for part, value in parts.items() if value is not None}
         return found
 
-    def write(self, reports: dict[str, LinearReport]) -> None:
+    def write(self, block: _Block) -> None:
         """When it is time (`KeptFiles`)."""
-        rest = {"belongs_to": self.belongs_to, "reports": {name: asdict(report) for name, report in reports.items()}}
-        self.file.write(lambda: to_bytes({name: value.cpu().contiguous() for name, value in self._tensors().items()}, rest))
+        if is_main():
+            rest = {"belongs_to": self.belongs_to, **asdict(block)}
+            self.file.write(lambda: to_bytes({name: value.cpu().contiguous() for name, value in self._tensors().items()}, rest))
 
-    def restore_(self) -> dict[str, LinearReport] | None:
-        """Puts back what the file holds, and returns the reports; None if there is no file of this model and text."""
+    def restore_(self) -> _Block | None:
+        """Puts back what the file holds, in every process, and returns the report; None if there is no file of this run."""
+        block = on_main(self._read)
+        if block is not None:
+            broadcast_(self._tensors().values())
+        return block
+
+    def _read(self) -> _Block | None:
         if not self.file.path.is_file():
             return None
         tensors, rest = read_file(self.file.path)
@@ -139,7 +156,15 @@ class _KeptBlock:
             return None
         for name, value in self._tensors().items():
             value.copy_(tensors[name])
-        return {name: LinearReport(**report) for name, report in rest["reports"].items()}
+        return _Block({name: LinearReport(**report) for name, report in rest["linears"].items()}, rest["seconds"])
+
+
+@dataclass(frozen=True)
+class GPTQReport:
+    """How every linear was rounded, by name, and how long it took in all parts of the run."""
+
+    linears: dict[str, LinearReport]
+    seconds: float
 
 
 @torch.no_grad()
@@ -149,8 +174,10 @@ def round_gptq_(
     options: GPTQOptions | None = None,
     *,
     kept: KeptFiles | None = None,
+    belongs_to: str = "",
+    resume: bool = False,
     progress: Progress = quiet,
-) -> dict[str, Any]:
+) -> GPTQReport:
     """Rounds every quantized weight of an instrumented model in place, whose ranges are set and whose quantizers are on.
 
     Several processes share the windows, and all get the weights of the main one.
@@ -159,10 +186,9 @@ def round_gptq_(
         windows: [windows, window], int64, the calibration text.
 
     Args:
-        kept: where the weights of finished blocks are kept, and found again.
-
-    Returns:
-        The loss and the damping of every linear, by name, as plain values.
+        kept: where the weights of finished blocks are kept.
+        belongs_to: what decides the result besides windows, options, weights and static ranges.
+        resume: go on with the blocks that are kept, if they belong to this run.
 
     Raises:
         UserError: if a weight has no quantizer, transforms are not merged yet, or an input holds NaN or infinity.
@@ -170,21 +196,22 @@ def round_gptq_(
     options = GPTQOptions() if options is None else options
     view = view_model(model)
     linears = [_linears(block) for block in view.blocks]
-    belongs_to = "" if kept is None else f"{options} {tensors_digest(windows)} {model_digest(model)}"
+    if kept is not None:
+        belongs_to = f"{belongs_to} {options} {tensors_digest(windows)} {model_digest(model)}"
     decoder, tokens = PartialDecoder(model, get_context(model)), windows.to(model.device)
-    if len(windows) >= world_size():
-        tokens = own(tokens)
+    shared = len(windows) >= world_size()
+    tokens = own(tokens) if shared else tokens
     with decoder.only(-1):
         state = decoder.run(tokens, None)
-    reports: dict[str, LinearReport] = {}
+    found: list[_Block] = []
     for block in view.blocks:
+        start, rounder = time.perf_counter(), _Rounder(options, shared=shared)
         file = None if kept is None else _KeptBlock(kept.file(f"block-{block.index}.safetensors"), linears[block.index], belongs_to)
-        known = None if file is None else file.restore_()
-        rounder = _Rounder(options, shared=len(windows) >= world_size())
+        known = file.restore_() if file is not None and resume else None
         with decoder.only(block.index), _rounding(block, rounder) if known is None else nullcontext():
             state = decoder.run(tokens, state)
-        if file is not None and known is None and is_main():
-            file.write(rounder.reports)
-        reports |= rounder.reports if known is None else known
+        found.append(known or _Block(rounder.reports, time.perf_counter() - start))
+        if file is not None and known is None:
+            file.write(found[-1])
         progress(block.index + 1, view.num_layers, DESCRIPTION)
-    return {name: asdict(report) for name, report in reports.items()}
+    return GPTQReport({name: report for block in found for name, report in block.linears.items()}, sum(b.seconds for b in found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,12 +58,20 @@ def rounding_data(
 
 
 def round_(
-    model: PreTrainedModel, config: Config, data: TrainingData, *, folder: Path | None = None, progress: Progress = quiet
+    model: PreTrainedModel,
+    config: Config,
+    data: TrainingData,
+    *,
+    belongs_to: str = "",
+    folder: Path | None = None,
+    resume: bool = False,
+    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Rounds the weights of a model whose transforms are merged and whose quantizers are on; returns the report.
 
     Args:
-        folder: where finished blocks are kept, from which a run that was killed goes on; nowhere by default.
+        belongs_to, resume: as in `fptquant.stages.round_gptq.round_gptq_`.
+        folder: where finished blocks are kept; nowhere by default.
 
     Raises:
         UserError: as `fptquant.stages.round_gptq.round_gptq_`.
@@ -70,13 +79,14 @@ def round_(
     rounding = config.rounding
     options = GPTQOptions(act_order=rounding.act_order, damping=rounding.damping, static_groups=rounding.static_groups)
     kept = None if folder is None else KeptFiles(folder / FOLDER)
-    linears = round_gptq_(model, data.train, options, kept=kept, progress=progress)
-    damped = [name for name, report in linears.items() if report["damping"] > rounding.damping]
+    windows = data.train[: round(len(data.train) / max(data.epochs, 1.0))]  # a text that is too short repeats: once is enough
+    found = round_gptq_(model, windows, options, kept=kept, belongs_to=belongs_to, resume=resume, progress=progress)
     return {
         "method": rounding.method,
         "text": data.source,
-        "tokens": data.train.numel(),
+        "tokens": windows.numel(),
         "dropped_windows": data.dropped,
-        "damped_further": damped,
-        "linears": linears,
+        "seconds": found.seconds,
+        "damped_further": [name for name, report in found.linears.items() if report.damping > rounding.damping],
+        "linears": {name: asdict(report) for name, report in found.linears.items()},
     }

@@ -1,7 +1,7 @@
 """The quantized student and its full-precision teacher: one model, one copy of the weights.
 
 The weights are those before T_k, T_v, T_u and T_d are merged. The student merges and quantizes them anew in every pass, so
-that gradients reach transforms and ranges; the teacher is the same model with transforms and quantizers left out.
+that gradients reach transforms and ranges; the teacher is the same model with transforms (T_h too) and quantizers left out.
 """
 
 from __future__ import annotations

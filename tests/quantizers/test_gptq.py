@@ -16,7 +16,7 @@ from tests.quantizers.obq import obq
 from tests.tolerances import UNIT
 
 ROWS, COLUMNS = 6, 24
-IN_ORDER = GPTQOptions(act_order=False)
+IN_ORDER, ORDERED = GPTQOptions(), GPTQOptions(act_order=True)
 
 
 def hessian(columns: int = COLUMNS, inputs: int = 100) -> Tensor:
@@ -77,7 +77,7 @@ def test_the_factor_is_that_of_the_inverse(act_order: bool) -> None:
 
 def test_a_hessian_that_is_not_positive_definite_is_damped_until_it_is() -> None:
     h = torch.diag(torch.tensor([1.0, -0.05], dtype=torch.float64))
-    factor = factorize(h, GPTQOptions(act_order=False, damping=0.01))
+    factor = factorize(h, IN_ORDER)
     assert factor.damping == pytest.approx(1.0)  # -0.05 + 0.1 * 0.475 is still negative
     assert torch.allclose(factor.upper.T @ factor.upper, torch.linalg.inv(damped(h, factor.damping)))
 
@@ -118,7 +118,7 @@ def test_rounding_is_the_definition(granularity: Granularity, symmetric: bool, a
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_groups_get_their_ranges_when_they_are_reached(symmetric: bool) -> None:
     """The first group keeps its range; later ones cover what the errors before them have made of the weights."""
-    options = GPTQOptions(act_order=False, static_groups=False)
+    options = GPTQOptions(static_groups=False)
     h, weight = hessian(), random(ROWS, COLUMNS)
     before, made = (quantizer(weight, PerGroup(8), symmetric=symmetric) for _ in range(2))
     rounded, _ = gptq_round(weight, made, factorize(h, options), options)
@@ -136,16 +136,16 @@ def test_groups_get_their_ranges_when_they_are_reached(symmetric: bool) -> None:
 def test_narrow_weights_stay_on_their_grid(dtype: torch.dtype) -> None:
     weight = random(ROWS, COLUMNS).to(dtype)
     made = quantizer(weight, PerChannel(0), method="mse")
-    rounded, _ = gptq_round(weight, made, factorize(hessian(), GPTQOptions()), GPTQOptions())
+    rounded, _ = gptq_round(weight, made, factorize(hessian(), ORDERED), ORDERED)
     assert rounded.dtype == dtype
     assert torch.equal(made(rounded), rounded)
 
 
 def test_weights_that_read_the_same_inputs_share_a_factor() -> None:
-    factor, weight = factorize(hessian(), GPTQOptions()), random(ROWS, COLUMNS)
+    factor, weight = factorize(hessian(), ORDERED), random(ROWS, COLUMNS)
     made = quantizer(weight, PerTensor())
-    whole, loss = gptq_round(weight, made, factor, GPTQOptions())
-    halves = [gptq_round(part.contiguous(), made, factor, GPTQOptions()) for part in weight.split(3)]
+    whole, loss = gptq_round(weight, made, factor, ORDERED)
+    halves = [gptq_round(part.contiguous(), made, factor, ORDERED) for part in weight.split(3)]
     assert torch.equal(whole, torch.cat([part for part, _ in halves]))
     assert loss == pytest.approx(sum(part for _, part in halves))
 
@@ -154,7 +154,7 @@ def test_errors() -> None:
     with pytest.raises(UserError, match="damping = 0"):
         GPTQOptions(damping=0)
     with pytest.raises(UserError, match="act_order = true takes"):
-        GPTQOptions(static_groups=False)
+        GPTQOptions(act_order=True, static_groups=False)
     without = Quantizer(IntegerGrid(4), PerChannel(0), name="w")
     with pytest.raises(UserError, match="no range has been set"):
-        gptq_round(torch.ones(2, 2), without, Factor(torch.eye(2), None, 0.1), GPTQOptions())
+        gptq_round(torch.ones(2, 2), without, Factor(torch.eye(2), None, 0.1), IN_ORDER)

@@ -92,16 +92,16 @@ def expected_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 )
 def test_one_pass_of_each_block_rounds_as_a_pass_of_the_model_for_each_weight(architecture: str, options: dict[str, Any]) -> None:
     model, other = prepared(architecture, **options), prepared(architecture, **options)
-    report = round_gptq_(model, WINDOWS, GPTQOptions(act_order=False))
+    report = round_gptq_(model, WINDOWS, GPTQOptions())
     for name, expected in expected_weights(other).items():
         assert torch.allclose(model.get_parameter(name), expected, rtol=0, atol=1e-9), name
     names = {f"layers.{index}.{name}" for index in range(2) for group in GROUPS for name in group}
-    assert report.keys() == names
-    assert all(entry["loss"] > 0 and entry["damping"] == 0.01 for entry in report.values())
+    assert report.linears.keys() == names
+    assert all(entry.loss > 0 and entry.damping == 0.01 for entry in report.linears.values())
 
 
 @pytest.mark.parametrize("weights", [{}, {"granularity": "per_group", "group_size": 8}, {"granularity": "per_tensor"}], ids=str)
-@pytest.mark.parametrize("options", [GPTQOptions(), GPTQOptions(act_order=False, static_groups=False)], ids=["ordered", "late"])
+@pytest.mark.parametrize("options", [GPTQOptions(act_order=True), GPTQOptions(static_groups=False)], ids=["ordered", "late"])
 def test_weights_lie_on_their_grids_and_hidden_states_come_closer(weights: dict[str, Any], options: GPTQOptions) -> None:
     model = prepared("LlamaForCausalLM", weights=weights, **FULL)
     decoder = view_model(model).decoder
@@ -125,7 +125,7 @@ def test_float32_agrees_with_float64() -> None:
     """Nearly everywhere: a weight at the border between two steps may go either way, and those after it make up for it."""
     models = [prepared("LlamaForCausalLM", dtype=dtype, **FULL) for dtype in (torch.float32, torch.float64)]
     for model in models:
-        round_gptq_(model, WINDOWS, GPTQOptions(act_order=False))
+        round_gptq_(model, WINDOWS, GPTQOptions())
     pairs = zip(*(model.named_parameters() for model in models), strict=True)
     same = [(a.double() - b).abs() < 1e-4 for (name, a), (_, b) in pairs if name.endswith("proj.weight")]
     assert torch.cat([part.flatten() for part in same]).double().mean() > 0.98
@@ -133,36 +133,42 @@ def test_float32_agrees_with_float64() -> None:
 
 def test_the_same_call_gives_the_same_bits() -> None:
     first, second = (prepared("Qwen2ForCausalLM", dtype=torch.float32) for _ in range(2))
-    assert round_gptq_(first, WINDOWS) == round_gptq_(second, WINDOWS)
+    assert round_gptq_(first, WINDOWS).linears == round_gptq_(second, WINDOWS).linears
     for (name, a), (_, b) in zip(first.named_parameters(), second.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
 TOGETHER = """
 import sys
+from pathlib import Path
 import torch
+from fptquant.files import KeptFiles
 from fptquant.stages.round_gptq import round_gptq_
 from tests.distributed.forks import together
 from tests.stages.test_round_gptq import FULL, WINDOWS, prepared
 def work(rank, count):
-    model = prepared("LlamaForCausalLM", **FULL)
-    report = round_gptq_(model, WINDOWS)
-    torch.save((report, model.state_dict()), f"{sys.argv[1]}/{count}-{rank}.pt")
+    for resume in (False, True):
+        model = prepared("LlamaForCausalLM", **FULL)
+        kept = KeptFiles(Path(sys.argv[1]) / f"{count}-{rank}", seconds=0)  # a disk of its own; the first process writes
+        report = round_gptq_(model, WINDOWS, kept=kept, resume=resume)
+        losses = {name: linear.loss for name, linear in report.linears.items()}
+        torch.save((losses, model.state_dict()), f"{sys.argv[1]}/{count}-{rank}-{resume}.pt")
 for count in (1, 2):
     together(count, lambda rank: work(rank, count))
 """
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_windows(tmp_path: Path) -> None:
-    """Three windows and two; their Hessians are added up, in float64."""
+def test_two_processes_share_the_windows_and_go_on_together(tmp_path: Path) -> None:
+    """Three windows and two; their Hessians are added up, in float64. What the first has kept serves both."""
     run_python(TOGETHER, tmp_path)
-    (report, state), *others = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    names = ("1-0-False", "2-0-False", "2-1-False", "2-0-True", "2-1-True")
+    (losses, state), *others = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names)
+    assert [len(list((tmp_path / name).glob("*"))) for name in ("2-0", "2-1") if (tmp_path / name).exists()] == [2]
     for found, other in others:
-        assert found.keys() == report.keys()
-        assert all(found[name]["loss"] == pytest.approx(report[name]["loss"], rel=1e-9) for name in report)
+        assert found == pytest.approx(losses, rel=1e-9)
         assert all(torch.allclose(other[name], value, rtol=0, atol=1e-9) for name, value in state.items())
-    assert all(torch.equal(others[0][1][name], others[1][1][name]) for name in state)
+        assert all(torch.equal(other[name], others[0][1][name]) for name in state)
 
 
 def test_inputs_that_are_not_finite_are_named() -> None:

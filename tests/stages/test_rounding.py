@@ -42,7 +42,8 @@ def calibrate(
 
 
 def assert_same(first: CalibrationResult, second: CalibrationResult) -> None:
-    assert first.metrics["rounding"] == second.metrics["rounding"]
+    reports = [{key: value for key, value in result.metrics["rounding"].items() if key != "seconds"} for result in (first, second)]
+    assert reports[0] == reports[1]
     expected, found = first.model.state_dict(), second.model.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
@@ -107,11 +108,30 @@ def test_a_run_that_stops_goes_on_with_the_blocks_that_are_left(
         return once(weight, quantizer, *rest)
 
     monkeypatch.setattr(round_gptq, "gptq_round", count)
-    assert_same(whole, calibrate(chosen, tmp_path, resume=True))
+    result = calibrate(chosen, tmp_path, resume=True)
+    assert_same(whole, result)
+    assert result.metrics["stages"]["rounding"] >= result.metrics["rounding"]["seconds"]
     assert len(rounded) == 7
     assert all(name.startswith("layers.2.") for name in rounded)
-    # What is kept of another text is of no use.
     rounded.clear()
-    other = config(*options, "rounding.windows=4")
-    assert_same(calibrate(other), calibrate(other, tmp_path))
-    assert len(rounded) == 2 * 7 * BLOCKS
+    assert_same(whole, calibrate(chosen, tmp_path))  # it was not asked to go on
+    assert len(rounded) == 7 * BLOCKS
+
+
+@pytest.mark.parametrize("changed", [["rounding.windows=4"], ["quantization=w4a8kv8-dynamic"], ["seed=1"]], ids=str)
+def test_blocks_of_another_run_are_of_no_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: list[str]) -> None:
+    """Of another text, of other quantizers, whose weights and ranges may be the same, or of other transforms."""
+    monkeypatch.setattr("fptquant.stages.rounding.KeptFiles", partial(KeptFiles, seconds=0))
+    monkeypatch.setattr("fptquant.stages.calibrate.load_prepared", lambda *unused: None)
+    calibrate(config("quantization=w4a4kv4-dynamic"), tmp_path)
+    chosen = config("quantization=w4a4kv4-dynamic", *changed)
+    assert_same(calibrate(chosen), calibrate(chosen, tmp_path, resume=True))
+
+
+def test_a_text_that_is_too_short_is_not_read_twice(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text(" ".join(f"word {number} of the text" for number in range(40)))
+    report = calibrate(config("quantization=w4a16", f"rounding.text={tmp_path / 'short.txt'}", "rounding.windows=1000")).metrics[
+        "rounding"
+    ]
+    assert 0 < report["tokens"] < 40_000
+    assert report["tokens"] % 40 == 0
