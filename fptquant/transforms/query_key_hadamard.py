@@ -20,7 +20,7 @@ class QueryKeyHadamard(Transform):
 
     Shape: queries [B, heads, T, D], keys [B, kv_heads, T, D], both after RoPE.
 
-    Source: QuaRot (arXiv 2404.00456), section 4, stage 2c.
+    Source: QuaRot (arXiv 2404.00456).
 
     Raises:
         UserError: if there is no Hadamard matrix of size head_dim.
