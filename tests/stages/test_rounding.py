@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +23,25 @@ from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
 BLOCKS = 3
 
 
+TEXTS: list[str] = []
+"""Settings that name short texts: cutting the built-in ones takes longer than everything else."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("texts")
+    for part in ("rounding", "calibration", "evaluation"):
+        words = (f"{part} {number} of the words." for number in range(400))
+        (folder / f"{part}.txt").write_text("\n\n".join(words))
+        TEXTS.append(f"{part}.text={folder / part}.txt")
+    yield
+    TEXTS.clear()
+
+
 def config(*overrides: str) -> Config:
     small = ["calibration.windows=2", "calibration.window=48", "local.value_steps=5"]
-    rounding = ["rounding.method=gptq", "rounding.text=topics", "rounding.windows=3", "rounding.window=40"]
-    return fq.load_config("fptquant-local", *small, *rounding, *overrides)
+    rounding = ["rounding.method=gptq", "rounding.windows=3", "rounding.window=40"]
+    return fq.load_config("fptquant-local", *small, *rounding, *TEXTS, *overrides)
 
 
 def calibrate(
@@ -67,7 +83,8 @@ def test_weights_in_full_precision_are_left_alone() -> None:
     chosen = nearest.model_copy(update={"rounding": config().rounding})
     result = calibrate(chosen)
     assert "rounding" not in result.metrics
-    assert all(torch.equal(value, calibrate(nearest).model.state_dict()[name]) for name, value in result.model.state_dict().items())
+    expected = calibrate(nearest).model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in result.model.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore:the held-out divergence", "ignore:training did not lower")
