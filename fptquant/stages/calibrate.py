@@ -37,7 +37,7 @@ from fptquant.stages.progress import Progress as ProgressCallback
 from fptquant.stages.rounding import round_, rounding_data
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
 from fptquant.stages.smooth import smooth_
-from fptquant.stages.student import attach_transforms_, untransformed
+from fptquant.stages.student import attach_transforms_
 from fptquant.stages.train import fingerprint, train_, training_data
 from fptquant.stages.untie import untie_
 from fptquant.transforms import ModelSizes, ModelTransforms, TransformOptions, build_transforms, check_transforms
@@ -317,8 +317,7 @@ def _prepare_(
     if config.training is not None:
         attach_transforms_(model, transforms)
     if isinstance(config.quantization.prefix, list):
-        with untransformed(model):
-            compute_prefix_(model, config.quantization.prefix)
+        compute_prefix_(model, config.quantization.prefix)
     if earlier is not None:
         load_ranges_(model, earlier.ranges, PREPARED)
         set_modes(model, "on")

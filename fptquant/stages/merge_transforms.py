@@ -10,6 +10,7 @@ from torch import nn
 
 from fptquant.errors import UserError
 from fptquant.models.adapter import BlockView, ModelView, view_model
+from fptquant.stages.fuse_norms import NORM_READERS
 from fptquant.stages.progress import Progress, quiet
 from fptquant.transforms import ModelSizes, ModelTransforms, ResidualRotation, Transform
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BLOCK_SIDES: dict[str, dict[str, str]] = {
-    "attn_in_scaling": {"input_norm": "norm", **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "read")},
-    "mlp_in_scaling": {"post_norm": "norm", **dict.fromkeys(("gate_proj", "up_proj"), "read")},
+    "attn_in_scaling": {"input_norm": "norm", **dict.fromkeys(NORM_READERS["input_norm"], "read")},
+    "mlp_in_scaling": {"post_norm": "norm", **dict.fromkeys(NORM_READERS["post_norm"], "read")},
     "query_key_rotation": {"k_proj": "key", "q_proj": "query"},
     "value_mixing": {"v_proj": "value", "o_proj": "output"},
     "up_scaling": {"up_proj": "up", "down_proj": "down"},

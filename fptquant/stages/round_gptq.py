@@ -13,7 +13,7 @@ tokens x intermediate_size), and five float64 matrices of the size of a Hessian,
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -86,8 +86,8 @@ class _Rounder:
 
 
 @contextmanager
-def _rounding(block: BlockView, rounder: _Rounder) -> Iterator[None]:
-    hooks = [linear.register_forward_pre_hook(rounder.reached) for linear in _linears(block).values()]
+def _rounding(linears: Iterable[QuantizedLinear], rounder: _Rounder) -> Iterator[None]:
+    hooks = [linear.register_forward_pre_hook(rounder.reached) for linear in linears]
     try:
         yield
     finally:
@@ -204,11 +204,11 @@ def round_gptq_(
     with decoder.only(-1):
         state = decoder.run(tokens, None)
     found: list[_Block] = []
-    for block in view.blocks:
+    for block, own_linears in zip(view.blocks, linears, strict=True):
         start, rounder = time.perf_counter(), _Rounder(options, shared=shared)
-        file = None if kept is None else _KeptBlock(kept.file(f"block-{block.index}.safetensors"), linears[block.index], belongs_to)
+        file = None if kept is None else _KeptBlock(kept.file(f"block-{block.index}.safetensors"), own_linears, belongs_to)
         known = file.restore_() if file is not None and resume else None
-        with decoder.only(block.index), _rounding(block, rounder) if known is None else nullcontext():
+        with decoder.only(block.index), _rounding(own_linears.values(), rounder) if known is None else nullcontext():
             state = decoder.run(tokens, state)
         found.append(known or _Block(rounder.reports, time.perf_counter() - start))
         if file is not None and known is None:

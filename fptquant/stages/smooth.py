@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fptquant.errors import UserError
 from fptquant.models.adapter import BlockView, view_model
+from fptquant.stages.fuse_norms import NORM_READERS
 from fptquant.stages.merge_transforms import check_block_count
 from fptquant.stages.progress import Progress, quiet
 from fptquant.transforms import BlockTransforms, ModelTransforms
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "largest activations"
 READERS = {
-    "q_proj": ("q_proj", "k_proj", "v_proj"),
+    "q_proj": NORM_READERS["input_norm"],
     "o_proj": ("o_proj",),
-    "gate_proj": ("gate_proj", "up_proj"),
+    "gate_proj": NORM_READERS["post_norm"],
     "down_proj": ("down_proj",),
 }
 """For the first linear that reads an activation, all that do."""

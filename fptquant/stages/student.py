@@ -179,7 +179,7 @@ class Student(nn.Module):
         for quantizer in self._quantizers:
             quantizer.mode = "off"
         try:
-            with untransformed(self.model), prefix_off(self.model):
+            with self.context.teacher(), prefix_off(self.model):
                 yield
         finally:
             for quantizer, mode in zip(self._quantizers, modes, strict=True):
@@ -300,17 +300,9 @@ class Student(nn.Module):
             self.transforms.residual_rotation = rotation
 
 
-@contextmanager
-def untransformed(model: PreTrainedModel) -> Iterator[None]:
-    """Attached transforms of an instrumented model are left out meanwhile."""
-    with get_context(model).teacher():
-        yield
-
-
 def attach_transforms_(model: PreTrainedModel, transforms: ModelTransforms) -> None:
     """Lets every linear of an instrumented model merge the transforms of its block anew in each pass, so that they can be
-    trained; `merge_attached_` ends that. A prefix is transformed likewise, so it is computed with the plain weights:
-    ``with untransformed(model): compute_prefix_(model, ids)``.
+    trained; `merge_attached_` ends that. A prefix is transformed likewise; `compute_prefix_` finds it with the plain weights.
     """
     for block in view_model(model).blocks:
         used = list(transforms.block(block.index).of_linears())

@@ -13,7 +13,7 @@ from fptquant.models.instrument import instrument, iter_quantizers, set_modes
 from fptquant.models.prefix import compute_prefix_
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
-from fptquant.stages.student import Student, attach_transforms_, untransformed
+from fptquant.stages.student import Student, attach_transforms_
 from fptquant.transforms import TransformOptions
 from tests.models.prepare import setting
 from tests.models.tiny import ARCHITECTURES, token_ids
@@ -55,8 +55,7 @@ def make(
     instrument(model, quantization, residual_scaling="input", down_hadamard=True)
     attach_transforms_(model, transforms)
     if isinstance(quantization.prefix, list):
-        with untransformed(model):
-            compute_prefix_(model, quantization.prefix)
+        compute_prefix_(model, quantization.prefix)
     set_weight_ranges_(model)
     set_activation_ranges_(model, token_ids(4, 24, seed=7))
     return Student(model, transforms, training or settings())
