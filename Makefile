@@ -36,7 +36,7 @@ lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 
 demo: setup
-	$(BIN)/fptquant demo --overwrite
+	$(BIN)/fptquant table demo --overwrite
 
 bench: setup
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -86,11 +86,13 @@ core = Extension(
     extra_link_args=["-Wl,-z,noexecstack", "-lm", "-ldl"],
     py_limited_api=True,
 )
+CONFIGS = ["fptquant.configs", "fptquant.configs.methods", "fptquant.configs.tables"]
+
 # configs/ stays at the top of the repository, where people look for it, and travels in the wheel as fptquant.configs.
 setup(
-    packages=[*find_packages(include=["fptquant", "fptquant.*"]), "fptquant.configs", "fptquant.configs.methods"],
+    packages=[*find_packages(include=["fptquant", "fptquant.*"]), *CONFIGS],
     package_dir={"fptquant.configs": "configs"},
-    package_data={"fptquant": ["py.typed"], "fptquant.configs": ["*.yaml"], "fptquant.configs.methods": ["*.yaml"]},
+    package_data={"fptquant": ["py.typed"], **{folder: ["*.yaml"] for folder in CONFIGS}},
     libraries=libraries,
     ext_modules=[core],
     cmdclass={"build_clib": build_clib_per_isa},

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from peak_memory import peak_bytes, reset_peak
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -30,6 +29,7 @@ from torch.nn.functional import linear
 from fptquant import ops
 from fptquant._core import build_info
 from fptquant.ops.reference_divergence import divergence as in_float64
+from fptquant.reports.memory import peak_bytes, reset_peak
 
 LOGITS_SHAPE = (128, 128256)
 TOKENS = (64, 256, 1024, 4096)

@@ -16,10 +16,12 @@ from fptquant.errors import UserError
 if TYPE_CHECKING:
     from fptquant import ops
     from fptquant.config.loading import load_config
+    from fptquant.config.tables import load_table
     from fptquant.diagnostics import diagnostics
     from fptquant.evaluation.evaluate import build_reference, evaluate
     from fptquant.models.loading import load_model
     from fptquant.models.saving import load_calibrated
+    from fptquant.reports.grid import make_table
     from fptquant.stages.calibrate import CalibrationResult, calibrate
     from fptquant.stages.stream import calibrate_streamed
 
@@ -35,6 +37,8 @@ _HOMES = {
     "load_calibrated": "fptquant.models.saving",
     "load_config": "fptquant.config.loading",
     "load_model": "fptquant.models.loading",
+    "load_table": "fptquant.config.tables",
+    "make_table": "fptquant.reports.grid",
 }
 """Where each public name lives; it is imported when it is first used, so that `import fptquant` stays quick."""
 
@@ -50,6 +54,8 @@ __all__ = [
     "load_calibrated",
     "load_config",
     "load_model",
+    "load_table",
+    "make_table",
     "ops",
 ]
 

@@ -35,7 +35,7 @@ app = typer.Typer(
         "[cyan]fptquant ls[/]: what there is\n\n"
         "[cyan]fptquant show fptquant-local[/]: what a method does\n\n"
         "[cyan]fptquant run rtn quantization=w4a8kv8-static[/]: calibrate, evaluate, report\n\n"
-        "[cyan]fptquant demo[/]: one table of full precision, RTN and FPTQuant\n\n"
+        "[cyan]fptquant table demo[/]: one table of full precision, RTN and FPTQuant\n\n"
         "Any setting follows the config's name: local.method=adamw seed=1"
     ),
     rich_markup_mode="rich",
@@ -100,7 +100,7 @@ def _print_notes(console: Console, error: BaseException) -> None:
 @app.command("ls", epilog="Next: fptquant show NAME")
 @_guard
 def ls(debug: Debug = False) -> None:
-    """List methods, settings, models and texts."""
+    """List methods, tables, settings, models and texts."""
     from rich.table import Table
 
     from fptquant.config.labels import EXAMPLE_LABELS
@@ -108,13 +108,16 @@ def ls(debug: Debug = False) -> None:
     from fptquant.data.text import TEXT_SOURCES
     from fptquant.models.adapter import supported_architectures
 
-    methods = {name: describe_config(path) for name, path in shipped_configs().items() if path.parent.name == "methods"}
+    shipped = {
+        folder: {name: describe_config(path) for name, path in shipped_configs().items() if path.parent.name == folder}
+        for folder in ("methods", "tables")
+    }
     models = {
         "smollm2-135m": "SmolLM2-135M-Instruct, fetched once and kept in the cache folder",
         "FOLDER or HUB/NAME": f"a Hugging Face model: {', '.join(supported_architectures())}",
     }
     texts = {**TEXT_SOURCES, "FILE.txt, .jsonl, .parquet": "your own text; rows of the last two have a text (or FILE,column=NAME)"}
-    parts = {"methods": methods, "settings (quantization=...)": EXAMPLE_LABELS, "models (model=...)": models}
+    parts = {**shipped, "settings (quantization=...)": EXAMPLE_LABELS, "models (model=...)": models}
     for title, entries in {**parts, "texts (calibration.text=..., evaluation.text=...)": texts}.items():
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2), title_style="bold")
         table.add_column(no_wrap=True, style="cyan")
@@ -187,7 +190,7 @@ def run(
     if stream:
         _stream(config, overwrite, resume, save, threads)
         return
-    _run([config], f"{config.name} on {config.model}", config.output_folder, overwrite, resume, save, threads)
+    _run(config, overwrite, resume, save, threads)
 
 
 @app.command(
@@ -244,9 +247,18 @@ def evaluate(
         console.print(f"written to {escape(output)}")
 
 
-@app.command("demo", epilog="Example: fptquant demo 'settings=[w4a8kv8-static]' --output runs/quick")
+@app.command(
+    "table",
+    epilog=(
+        "[bold]Examples[/bold]\n\n"
+        "fptquant table demo\n\n"
+        "fptquant table demo 'methods=[rtn, gptq, fptquant-local]' 'settings=[w4a16]' --output runs/quick\n\n"
+        "fptquant table configs/tables/demo.yaml 'overrides=[evaluation.text=wikitext2, evaluation.windows=all]' --resume"
+    ),
+)
 @_guard
-def demo(
+def table(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A table's YAML file, or the name of a shipped one (fptquant ls).")],
     overrides: Overrides = None,
     output: Output = None,
     overwrite: Overwrite = False,
@@ -255,19 +267,37 @@ def demo(
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
-    """Make one table: full precision, round to nearest, and FPTQuant with local optimization.
+    """Run every method in every setting on every model of a grid, and write one table.
 
-    What is compared stands in configs/demo.yaml; its keys can be set like those of any config.
+    Each cell is a run folder of its own below FOLDER/cells. The table is written anew after each, as Markdown, CSV and LaTeX;
+    in the end plots are drawn. A cell that fails is reported and does not stop the rest. With --resume finished cells are
+    kept, a killed one goes on, and the grid may have grown.
     """
-    from fptquant.config.loading import load_config, load_demo_config
+    from fptquant.config.tables import load_table, table_cells
+    from fptquant.reports.grid_folder import check_table
+    from fptquant.reports.processes import launched, processes
 
-    table = load_demo_config("configs/demo.yaml", *(overrides or ()), *_output_override(output))
-    configs = [
-        load_config(method, f"model={json.dumps(table.model)}", f"quantization={setting}", *table.overrides, several=True)
-        for setting in table.settings
-        for method in table.methods
-    ]
-    _run(configs, f"{table.name}: {table.model}", table.output_folder, overwrite, resume, save, threads)
+    grid = load_table(file, *(overrides or ()), *_output_override(output))
+    device = table_cells(grid)[0].config.device
+    if launched() is None:  # before torch is imported, which takes seconds; several processes first find each other
+        check_table(grid, overwrite=overwrite, resume=resume)
+    from fptquant.reports.grid import make_table
+    from fptquant.reports.progress import Progress
+    from fptquant.reports.table import rich_table
+    from fptquant.stages.distributed import is_main
+    from fptquant.stages.progress import quiet
+
+    with processes(device, threads):
+        with Progress() if is_main() else nullcontext(quiet) as progress:
+            made = make_table(grid, overwrite=overwrite, resume=resume, save=save, progress=progress)
+        if is_main():
+            console = Console(highlight=False)
+            console.print(rich_table(made.rows, title=grid.name))
+            console.print(f"written to {escape(str(made.folder))}")
+            for row in made.failed:
+                console.print(f"[bold red]failed:[/] {escape(f'{row.method}, {row.setting}: {row.error}')}")
+    if made.failed:
+        raise typer.Exit(1)
 
 
 def _output_override(output: str | None) -> list[str]:
@@ -280,22 +310,23 @@ def _load(file: str, overrides: list[str] | None, output: str | None) -> Config:
     return load_config(file, *(overrides or ()), *_output_override(output))
 
 
-def _run(configs: list[Config], title: str, output: str, overwrite: bool, resume: bool, save: bool, threads: int | None) -> None:
+def _run(config: Config, overwrite: bool, resume: bool, save: bool, threads: int | None) -> None:
     from fptquant.reports.processes import launched, processes
     from fptquant.reports.unfinished_run import check_run, config_files
 
     if launched() is None:  # before torch is imported, which takes seconds; several processes first find each other
-        check_run(output, config_files(configs), overwrite=overwrite, resume=resume)
+        check_run(config.output_folder, config_files(config), overwrite=overwrite, resume=resume)
     from fptquant.reports.experiment import run_experiment
     from fptquant.reports.progress import Progress
     from fptquant.reports.table import rich_table
     from fptquant.stages.distributed import is_main
     from fptquant.stages.progress import quiet
 
-    with processes(configs[0].device, threads):
+    title, output = f"{config.name} on {config.model}", config.output_folder
+    with processes(config.device, threads):
         with Progress() if is_main() else nullcontext(quiet) as progress:
             experiment = run_experiment(
-                configs, title=title, output=output, overwrite=overwrite, resume=resume, save=save, progress=progress
+                config, title=title, output=output, overwrite=overwrite, resume=resume, save=save, progress=progress
             )
         if is_main():
             console = Console(highlight=False)

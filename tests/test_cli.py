@@ -152,31 +152,11 @@ def test_a_table_searches_for_the_prefix_once(model: Path, tmp_path: Path, monke
     monkeypatch.setattr(find_prefix, "find_prefix", lambda *given, **options: searches.append(1) or search(*given, **options))
     small = ["calibration.windows=2", "calibration.window=32", "evaluation={text: topics, windows: 1, window: 32}"]
     settings = "settings=[w4a16, w4a8kv8-static, w4a4kv4-dynamic]"
-    done = invoke("demo", f"model={model}", settings, f"overrides={json.dumps(small)}", "-o", tmp_path / "demo")
+    done = invoke("table", "demo", f"models=[{model}]", settings, f"overrides={json.dumps(small)}", "-o", tmp_path / "demo")
     assert done.exit_code == 0, done.output
     assert len(searches) == 1
     rows = json.loads((tmp_path / "demo" / "metrics.json").read_text())["results"][1:]
     assert [", prefix of" in row["setting"] for row in rows] == [False, False, True, True, True, True]
-
-
-def test_the_demo_makes_one_table(model: Path, tmp_path: Path) -> None:
-    small = [
-        "calibration={text: topics, windows: 2, window: 32}", "evaluation={text: topics, windows: 2, window: 64}",
-        "local.value_steps=5",
-    ]  # fmt: skip
-    result = invoke(
-        "demo", f"model={model}", "settings=[w4a16, w4a8kv8-static]", f"overrides={json.dumps(small)}", "-o", tmp_path / "demo"
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    results = json.loads((tmp_path / "demo" / "metrics.json").read_text())["results"]
-    assert [(entry["method"], entry["setting"]) for entry in results[1:]] == [
-        ("rtn", "w4a16"), ("fptquant-local", "w4a16"), ("rtn", "w4a8kv8-static"), ("fptquant-local", "w4a8kv8-static"),
-    ]  # fmt: skip
-    table = (tmp_path / "demo" / "table.md").read_text()
-    assert "topics (held-out part)" in table
-    assert len(list((tmp_path / "demo" / "configs").iterdir())) == 4
-    plots = {path.name for path in (tmp_path / "demo" / "plots").iterdir()}
-    assert plots == {"activations-fptquant-local.png", "outliers-fptquant-local.png", "block_errors.png"}
 
 
 def test_unknown_keys_all_at_once(model: Path, tmp_path: Path) -> None:
@@ -287,7 +267,7 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], check=False, env=os.environ | {"PYTHONPATH": str(Path.cwd())}).returncode == 0
     )
-    assert "fptquant demo" in invoke("--help").stdout
+    assert "fptquant table demo" in invoke("--help").stdout
     assert "evaluation.text=wikitext2" in invoke("run", "--help").stdout
 
 

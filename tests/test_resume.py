@@ -95,12 +95,12 @@ def refused(arguments: list[str]) -> str:
 @pytest.mark.slow
 def test_a_table_goes_on_with_the_method_that_was_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny_folder(tmp_path / "model")
-    for plot in ("plot_activations", "plot_outliers", "plot_block_errors"):
-        monkeypatch.setattr(f"fptquant.reports.experiment.{plot}", lambda *arguments, **options: None)
+    monkeypatch.setattr("fptquant.reports.experiment._plot", lambda *arguments: None)
     overrides = [setting for setting in settings(tmp_path) if not setting.startswith(("model=", "training.lr"))]
     windows = ["calibration.windows=2", "calibration.window=32", "evaluation.windows=2", "evaluation.window=64"]
     arguments = [
-        "demo", f"model={tmp_path / 'model'}", "methods=[rtn]", "settings=[w4a16, w8a8-static]", "-o", str(tmp_path / "out"),
+        "table", "demo", f"models=[{tmp_path / 'model'}]", "methods=[rtn]", "settings=[w4a16, w8a8-static]",
+        "-o", str(tmp_path / "out"),
         f"overrides={json.dumps([*windows, *overrides])}",
     ]  # fmt: skip
 
@@ -112,14 +112,14 @@ def test_a_table_goes_on_with_the_method_that_was_under_way(tmp_path: Path, monk
     with monkeypatch.context() as patched:
         patched.setattr("fptquant.stages.train_end_to_end.save_checkpoint", stop)
         assert CliRunner().invoke(app, arguments).exit_code == 130
-    work = tmp_path / "out.partial" / "training"
-    assert {path.parent.name for path in work.rglob(CHECKPOINT)} == {"rtn-w4a16", "rtn-w8a8-static"}
-    first = log_of(work / "rtn-w4a16")
+    cells = tmp_path / "out" / "cells" / "model"
+    assert {path.parent.name for path in cells.rglob(CHECKPOINT)} == {"rtn-w8a8-static.partial"}
+    first = log_of(cells / "rtn-w4a16")
     done = CliRunner().invoke(app, [*arguments, "--resume"])
     assert done.exit_code == 0, done.output
-    assert log_of(tmp_path / "out" / "training" / "rtn-w4a16") == first
-    assert len(log_of(tmp_path / "out" / "training" / "rtn-w8a8-static")) == len(first) == 15
+    assert log_of(cells / "rtn-w4a16") == first
+    assert len(log_of(cells / "rtn-w8a8-static")) == len(first) == 15
     assert not list((tmp_path / "out").rglob(CHECKPOINT))
-    again = CliRunner(env={"COLUMNS": "300"}).invoke(app, [*arguments, "--resume"])
-    assert again.exit_code == 2
-    assert "is finished; leave out --resume" in again.stderr
+    written = (tmp_path / "out" / "table.md").read_text()
+    assert CliRunner().invoke(app, [*arguments, "--resume"]).exit_code == 0
+    assert (tmp_path / "out" / "table.md").read_text() == written

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fptquant.config.contradictions import find_contradictions
-from fptquant.config.schema import Config, DemoConfig
+from fptquant.config.schema import Config
 from fptquant.config.without_effect import find_without_effect
 from fptquant.errors import UserError
 
@@ -47,10 +47,10 @@ def config_folders() -> list[Path]:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Every shipped config by its short name (a method's name is its file name without ``.yaml``)."""
+    """Every shipped config, tables included, by its short name (its file name without ``.yaml``)."""
     found: dict[str, Path] = {}
     for folder in config_folders():
-        for path in sorted(folder.glob("methods/*.yaml")) + sorted(folder.glob("*.yaml")):
+        for path in (path for part in ("methods/*.yaml", "tables/*.yaml", "*.yaml") for path in sorted(folder.glob(part))):
             found.setdefault(path.stem, path)
     return found
 
@@ -96,6 +96,48 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold keys and values (name: ..., model: ...), not {type(data).__name__}")
     return data
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, put upon that of the config which its key ``extends`` names, if it has one.
+
+    Keys inside a key are merged; anything else, null included, takes the place of what was there. The name is not handed on.
+
+    Raises:
+        UserError: as `read_yaml` and `find_config`; if a config extends itself by a chain of others.
+    """
+    return _read_recipe(path, ())
+
+
+def _read_recipe(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    data = read_yaml(path)
+    extended = data.pop("extends", None)
+    if extended is None:
+        return data
+    if not isinstance(extended, str):
+        raise UserError(f"{path}: extends is {extended!r}; write the name of a method or the path of a YAML file")
+    chain = (*above, path.resolve())
+    parent = path.parent / extended if (path.parent / extended).is_file() else find_config(extended)
+    if parent.resolve() in chain:
+        raise UserError(f"{path} extends {extended}, which extends it in turn; leave out one of the two")
+    base = _read_recipe(parent, chain)
+    base.pop("name", None)
+    return _merged(base, data)
+
+
+def _merged(base: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``extra`` put in, key by key; a label replaces what labels decide, as in an override."""
+    for key, value in extra.items():
+        if key == "quantization" and (label := value if isinstance(value, str) else _get(value, "label")) is not None:
+            _set(base, [key], label)
+            value = {} if isinstance(value, str) else value
+        there = base.get(key)
+        base[key] = _merged(there, value) if isinstance(there, dict) and isinstance(value, dict) else value
+    return base
+
+
+def _get(data: Any, key: str) -> Any:
+    return data.get(key) if isinstance(data, dict) else None
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -193,18 +235,18 @@ def load_config(path_or_name: str | Path, *overrides: str, several: bool = False
     >>> load_config("rtn", "quantization=w4a8kv8-static").quantization.label
     'w4a8kv8-static'
     """
-    data = read_yaml(find_config(path_or_name))
+    data = read_recipe(find_config(path_or_name))
     if {"methods", "settings"} <= data.keys():
-        raise UserError(f"{path_or_name} is a table of several methods; `fptquant demo` runs it, other commands take one method")
+        raise UserError(f"{path_or_name} is a table of several methods; `fptquant table` makes it, other commands take one method")
     overridden, problems = _apply_overrides(data, overrides)
     given, _ = _apply_overrides({}, () if several else overrides)
     return _parse_config(overridden, problems, file=data, given=given, source=str(path_or_name))
 
 
-def load_demo_config(path_or_name: str | Path, *overrides: str) -> DemoConfig:
-    """The config of a table of several methods and settings; errors as in `load_config`."""
+def load_yaml_config(schema: type[_Schema], path_or_name: str | Path, *overrides: str) -> _Schema:
+    """What a YAML file of another schema than `Config` says, with overrides; errors as in `load_config`."""
     data, problems = _apply_overrides(read_yaml(find_config(path_or_name)), overrides)
-    config, found = _validate(DemoConfig, data)
+    config, found = _validate(schema, data)
     if config is None or problems:
         raise _problems_error(str(path_or_name), problems + found)
     return config

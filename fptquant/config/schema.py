@@ -417,19 +417,3 @@ class Config(StrictModel):
     def output_folder(self) -> str:
         """``output`` with its placeholders filled in."""
         return self.output.replace("{name}", self.name).replace("{setting}", self.quantization.label)
-
-
-class DemoConfig(StrictModel):
-    """A table: several methods in several settings on one model."""
-
-    name: Name = "demo"
-    model: str = Field(default="smollm2-135m", min_length=1)
-    methods: list[str] = Field(min_length=1)
-    settings: list[str] = Field(min_length=1)
-    overrides: list[str] = []
-    output: str = Field(default="runs/{name}", min_length=1)
-
-    @property
-    def output_folder(self) -> str:
-        """``output`` with its placeholder filled in."""
-        return self.output.replace("{name}", self.name)

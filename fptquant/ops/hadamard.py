@@ -76,6 +76,18 @@ def hadamard_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return matrix
 
 
+def hadamard_additions(n: int) -> int:
+    """Additions for each element of a vector of size n: k + the sum of the sizes of constructed matrices, as in `hadamard`.
+
+    Raises:
+        UserError: if no matrix of this size can be constructed.
+
+    >>> hadamard_additions(64), hadamard_additions(12 * 128)
+    (6, 19)
+    """
+    return sum(len(factor) if len(factor) > 2 else 1 for factor in hadamard_factors(n))
+
+
 def hadamard_sizes(limit: int) -> list[int]:
     """All sizes up to ``limit`` of which a Hadamard matrix can be constructed.
 

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from fptquant.config.labels import AUTO_PREFIX
 from fptquant.config.schema import Config
+from fptquant.config.tables import FULL_PRECISION
 from fptquant.diagnostics import diagnostics
+from fptquant.evaluation.cost import runtime_cost
 from fptquant.evaluation.evaluate import build_reference, evaluate_windows, evaluation_windows
 from fptquant.evaluation.teacher import ProgressCallback, TeacherCache
 from fptquant.files import KeptFiles
 from fptquant.models.adapter import view_model
 from fptquant.models.loading import load_model
+from fptquant.reports.memory import peak_bytes, reset_peak
 from fptquant.reports.plots import plot_activations, plot_block_errors, plot_outliers
 from fptquant.reports.processes import resolve_device
-from fptquant.reports.progress import Labeled
-from fptquant.reports.run_folder import write_json
+from fptquant.reports.run_folder import RUN_MARKER, write_json
 from fptquant.reports.statistics import (
     ActivationStatistics,
     ResidualTrace,
@@ -55,22 +56,6 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of one method in one setting."""
-
-    config: Config
-    row: Row
-    calibration: dict[str, Any]
-    """Metrics of the calibration: seconds of each stage, and what the stages report."""
-    errors: list[float]
-    """Relative error of the residual after every block."""
-
-    @property
-    def key(self) -> str:
-        return f"{self.config.name} {self.config.quantization.label}"
-
-
-@dataclass(frozen=True)
 class Baseline:
     """The full-precision model, and what it does on the evaluation text."""
 
@@ -97,7 +82,7 @@ class Experiment:
 
 
 def run_experiment(
-    configs: Sequence[Config],
+    config: Config,
     *,
     title: str,
     output: str | Path,
@@ -106,54 +91,39 @@ def run_experiment(
     save: bool = False,
     progress: ProgressCallback,
 ) -> Experiment:
-    """Runs several configs on one model and writes one run folder.
+    """Runs a config and writes a run folder; with ``save`` the calibrated model is written into it.
 
-    The configs share model, dtype, device and evaluation, which are those of the first. With ``save`` each calibrated
-    model is written into the run folder. Runs that train can be killed, and go on with ``resume``.
+    A run that lasts can be killed, and goes on with ``resume``.
 
     Raises:
         UserError: for everything that can be known to fail, before any long work begins.
     """
-    first = configs[0]
+    description = config_files(config)
+    on_main(lambda: check_run(output, description, overwrite=overwrite, resume=resume, needed_bytes=_REPORT_BYTES))
+    model, tokenizer = open_model(config)
+    needed = needed_bytes(model, tokenizer, [config], save=save)
+    on_main(lambda: check_run(output, description, overwrite=overwrite, resume=resume, needed_bytes=needed))
+    with results_folder(config, output, overwrite=overwrite, resume=resume) as folder:
+        baseline = measure_baseline(model, tokenizer, config, folder / EVALUATION, progress)
+        row = run_config(baseline, config, folder, progress, title=title, resume=resume, save=save, in_place=True)
+    return Experiment([baseline.row, row], Path(output))
 
-    def check(needed_bytes: int) -> None:
-        check_run(output, config_files(configs), overwrite=overwrite, resume=resume, needed_bytes=needed_bytes)
 
-    on_main(lambda: check(_REPORT_BYTES))
-    device = resolve_device(first.device)
+def open_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A config's full-precision model and tokenizer, checked against what the config asks of them."""
+    device = resolve_device(config.device)
     with main_first():  # models and texts are fetched once
-        model, tokenizer = load_model(first.model, dtype=DTYPES[first.dtype], device=device)
-        for config in configs:
-            preflight(model, tokenizer, config)
-        settings = first.evaluation
-        windows, _ = evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)
-    on_main(lambda: check(_needed_bytes(model, windows, len(configs) if save else 0, sum(config.rounds for config in configs))))
-    with _results_folder(configs, output, overwrite=overwrite, resume=resume) as folder:
-        if is_main():
-            (folder / "plots").mkdir()
-        kept = KeptFiles(folder / EVALUATION) if world_size() == 1 else None
-        shared = 1 < world_size() <= len(windows)
-        baseline = _measure_baseline(model, tokenizer, first, shared, kept, progress)
-        outcomes = []
-        for index, config in enumerate(configs):
-            # Magnitudes before rounding hardly depend on the setting: one picture for each method says it.
-            plot = bool(config.transforms.used) and config.name not in {earlier.name for earlier in configs[:index]}
-            several, last = len(configs) > 1, index == len(configs) - 1
-            outcomes.append(
-                _run_config(baseline, config, folder, progress, resume=resume, save=save, several=several, last=last, plot=plot)
-            )
-        rows = [baseline.row, *(outcome.row for outcome in outcomes)]
-        if is_main():
-            _write(folder, configs, baseline, outcomes, title)
-    return Experiment(rows, Path(output))
+        model, tokenizer = load_model(config.model, dtype=DTYPES[config.dtype], device=device)
+        preflight(model, tokenizer, config)
+    return model, tokenizer
 
 
 @contextmanager
-def _results_folder(configs: Sequence[Config], output: str | Path, *, overwrite: bool, resume: bool) -> Iterator[Path]:
+def results_folder(config: Config, output: str | Path, *, overwrite: bool, resume: bool) -> Iterator[Path]:
     """The folder that the run is written into, by the main process; the errors of all say how the run goes on."""
 
     def folder() -> AbstractContextManager[Path]:
-        return lasting_run_folder(output, config_files(configs), overwrite=overwrite, resume=resume)
+        return lasting_run_folder(output, config_files(config), overwrite=overwrite, resume=resume)
 
     with main_holds(folder) as path:
         try:
@@ -165,7 +135,7 @@ def _results_folder(configs: Sequence[Config], output: str | Path, *, overwrite:
 
 
 def preflight(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
-    """Everything that a config asks of a model and of the calibration text, in seconds.
+    """Everything that a config asks of a model and of its texts, in seconds.
 
     Raises:
         UserError: if a transform does not fit the model, a Hadamard size is impossible, a window is longer than the
@@ -175,31 +145,34 @@ def preflight(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
     check_training(model, config)
     check_rounding(model, config)
     check_prefix(model, tokenizer, config, calibration_windows(model, tokenizer, config).shape[1], config.evaluation.window)
+    evaluation_windows(model, tokenizer, config.evaluation.text, config.evaluation.windows, config.evaluation.window)
 
 
-def _needed_bytes(model: PreTrainedModel, windows: Tensor, saved: int, rounded: int) -> int:
-    """Disk space for so many saved models, and so many whose rounded blocks are kept until the run is finished."""
+def needed_bytes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, configs: Sequence[Config], *, save: bool) -> int:
+    """Disk space that runs on one model need: for reports, saved models, and what is kept until they are finished."""
+    settings = configs[0].evaluation
+    windows, _ = evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)
     states = windows.numel() * int(model.config.hidden_size) * model.dtype.itemsize
     parameters = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     # Untying adds a head as large as the embedding, at most as much again; the smaller files are within the rest.
     embedding = view_model(model).embedding.weight
-    return (
-        _REPORT_BYTES
-        + states
-        + rounded * parameters
-        + saved * int(1.05 * (parameters + embedding.numel() * embedding.element_size()))
-    )
+    saved = int(1.05 * (parameters + embedding.numel() * embedding.element_size())) if save else 0
+    rounded = parameters if any(config.rounds for config in configs) else 0
+    return states + rounded + len(configs) * (_REPORT_BYTES + saved)
 
 
-def _measure_baseline(
+def measure_baseline(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
-    shared: bool,
-    kept: KeptFiles | None,
+    kept_in: Path,
     progress: ProgressCallback,
 ) -> Baseline:
+    """What the full-precision model does on a config's evaluation text; windows that are done are kept in a folder."""
     settings = config.evaluation
+    kept = KeptFiles(kept_in) if world_size() == 1 else None
+    windows, _ = evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)
+    shared = 1 < world_size() <= len(windows)
     cache, evaluation = build_reference(
         model,
         tokenizer,
@@ -211,35 +184,37 @@ def _measure_baseline(
         kept=kept,
     )
     tokens = cache.tokens[0, :_PLOT_TOKENS]
-    row = Row("full precision", config.dtype, evaluation, evaluation.seconds)
+    row = Row(FULL_PRECISION, config.dtype, evaluation, evaluation.seconds)
     return Baseline(model, tokenizer, cache, shared, kept, row, trace_residuals(model, tokens), collect_activations(model, tokens))
 
 
-def _run_config(
+def run_config(
     baseline: Baseline,
     config: Config,
     folder: Path,
     progress: ProgressCallback,
     *,
+    title: str,
     resume: bool,
     save: bool,
-    several: bool,
-    last: bool,
-    plot: bool,
-) -> Outcome:
-    labeled = Labeled(progress, f"{config.name} {config.quantization.label}: " if several else "")
-    name = f"{config.name}-{config.quantization.label}"
-    work = folder / "training" / name if several else folder
+    in_place: bool,
+) -> Row:
+    """Calibrates, evaluates, and writes the folder of a run.
+
+    Args:
+        in_place: the full-precision model is not needed any more.
+    """
     if is_main():
-        work.mkdir(parents=True, exist_ok=True)
+        (folder / "plots").mkdir()
     searched = None
     if config.quantization.prefix == AUTO_PREFIX and config.quantization.quantized_sites:
         searched = f"{config.calibration} {config.seed}"
     known = with_prefix(config, baseline.prefixes[searched]) if searched in baseline.prefixes else config
-    # The last one needs no copy: nobody asks the full-precision model any more.
+    reset_peak()
     result: CalibrationResult = calibrate(
-        baseline.model, baseline.tokenizer, known, in_place=last, folder=work, resume=resume, progress=labeled
+        baseline.model, baseline.tokenizer, known, in_place=in_place, folder=folder, resume=resume, progress=progress
     )
+    peak = peak_bytes()
     if searched is not None:
         baseline.prefixes[searched] = result.config.quantization.prefix  # type: ignore[assignment]
     cache = baseline.cache
@@ -248,58 +223,48 @@ def _run_config(
         cache.tokens,
         text_name=cache.text_name,
         reference=cache,
-        progress=labeled,
+        progress=progress,
         shared=baseline.shared,
-        kept=None if baseline.kept is None else baseline.kept.file(f"{name}.json"),
+        kept=None if baseline.kept is None else baseline.kept.file(f"{config.name}-{config.quantization.label}.json"),
     )
-    row = Row(config.name, result.config.quantization.setting, evaluation, result.metrics["seconds"] + evaluation.seconds)
-    tokens = cache.tokens[0, :_PLOT_TOKENS]
-    errors = block_errors(baseline.trace, trace_residuals(result.model, tokens))
-    if plot and is_main():
-        _plot_magnitudes(baseline, result, folder / "plots", f"-{config.name}" if several else "")
-    if save and is_main():
-        result.save(folder / "models" / name if several else folder / "model")
-    return Outcome(config, row, dict(result.metrics), errors)
+    setting, seconds = result.config.quantization.setting, result.metrics["seconds"] + evaluation.seconds
+    row = Row(config.name, setting, evaluation, seconds, cost=runtime_cost(result.model, result.config), peak_bytes=peak)
+    errors = block_errors(baseline.trace, trace_residuals(result.model, cache.tokens[0, :_PLOT_TOKENS]))
+    if is_main():
+        _plot(baseline, result, errors, folder / "plots")
+        if save:
+            result.save(folder / "model")
+        _write(folder, config, baseline, row, result.metrics, errors, title)
+    return row
 
 
-def _plot_magnitudes(baseline: Baseline, result: CalibrationResult, plots: Path, suffix: str) -> None:
+def _plot(baseline: Baseline, result: CalibrationResult, errors: Sequence[float], plots: Path) -> None:
+    config = result.config
+    plot_block_errors({f"{config.name} {config.quantization.label}": errors}, plots / "block_errors.png")
+    if config.transforms.used:
+        _plot_magnitudes(baseline, result, plots)
+
+
+def _plot_magnitudes(baseline: Baseline, result: CalibrationResult, plots: Path) -> None:
     config = result.config
     tokens = baseline.cache.tokens[0, :_PLOT_TOKENS]
     after = collect_activations(result.model, tokens, map_layers=map_layers_of(baseline.activations))
     what = f"{config.model}, {config.name}, {config.quantization.label}"
-    plot_activations(baseline.activations, after, plots / f"activations{suffix}.png", title=f"Activation magnitudes: {what}")
-    plot_outliers(baseline.activations, after, plots / f"outliers{suffix}.png", title=f"Outliers: {what}")
+    plot_activations(baseline.activations, after, plots / "activations.png", title=f"Activation magnitudes: {what}")
+    plot_outliers(baseline.activations, after, plots / "outliers.png", title=f"Outliers: {what}")
 
 
-def _write(folder: Path, configs: Sequence[Config], baseline: Baseline, outcomes: Sequence[Outcome], title: str) -> None:
-    rows = [baseline.row, *(outcome.row for outcome in outcomes)]
-    plot_block_errors({outcome.key: outcome.errors for outcome in outcomes}, folder / "plots" / "block_errors.png")
-    (folder / "table.md").write_text(markdown_table(rows, title=title), encoding="utf-8")
-    for path, text in config_files(configs).items():
-        (folder / path).parent.mkdir(exist_ok=True)
+def _write(
+    folder: Path, config: Config, baseline: Baseline, row: Row, calibration: Mapping[str, Any], errors: Sequence[float], title: str
+) -> None:
+    (folder / "table.md").write_text(markdown_table([baseline.row, row], title=title), encoding="utf-8")
+    for path, text in config_files(config).items():
         (folder / path).write_text(text, encoding="utf-8")
-    write_json(
-        folder / "environment.json",
-        {
-            **diagnostics(),
-            "seed": configs[0].seed,
-            "device": str(baseline.model.device),
-            "dtype": configs[0].dtype,
-            "processes": world_size(),
-        },
-    )
-    results = [{**row_dict(baseline.row), "block_errors": [0.0] * len(baseline.trace.residuals)}]
-    results += [
-        {**row_dict(outcome.row), "calibration": outcome.calibration, "block_errors": outcome.errors} for outcome in outcomes
+    device = str(baseline.model.device)
+    about = {"seed": config.seed, "device": device, "dtype": config.dtype, "processes": world_size()}
+    write_json(folder / "environment.json", {**diagnostics(), **about})
+    results = [
+        {**baseline.row.as_dict(), "block_errors": [0.0] * len(baseline.trace.residuals)},
+        {**row.as_dict(), "calibration": calibration, "block_errors": errors},
     ]
-    write_json(folder / "metrics.json", {"title": title, "model": configs[0].model, "results": results})
-
-
-def row_dict(row: Row) -> dict[str, Any]:
-    """A row as plain values, for metrics.json."""
-    return {
-        "method": row.method,
-        "setting": row.setting,
-        "total_seconds": row.seconds,
-        "evaluation": row.evaluation.as_dict(),
-    }
+    write_json(folder / RUN_MARKER, {"title": title, "model": config.model, "results": results})

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fptquant.reports.statistics import PLACES, ActivationStatistics
+from fptquant.reports.table import Row
 
 Array = npt.NDArray[np.float32]
 
@@ -185,3 +186,44 @@ def plot_block_errors(
     right.yaxis.set_major_formatter(FuncFormatter(lambda decibels, _: f"{10 ** (-decibels / 20):.2g}"))
     axes.legend(frameon=False, fontsize=9, loc="best")
     figure.savefig(path, dpi=110)
+
+
+def plot_cost(rows: Sequence[Row], path: Path, *, title: str) -> None:
+    """Perplexity of every method against what it adds at run time, a panel for each model and setting; lower left is better.
+
+    Filled marks have ranges set beforehand, hollow ones find them for every token; the dashed line is full precision.
+    """
+    measured = [row for row in rows if row.evaluation is not None and row.cost is not None]
+    panels = list(dict.fromkeys((row.model, row.label) for row in measured))
+    full = {row.model: row.evaluation.perplexity for row in rows if row.evaluation is not None and row.cost is None}
+    methods = list(dict.fromkeys(row.method for row in measured))
+    columns = min(len(panels), 4)
+    figure = _figure(3.6 * columns + 1.6, 3.3 * -(-len(panels) // columns) + 0.6)
+    grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False, sharex=True)
+    figure.suptitle(f"Perplexity against run-time cost: {title}", fontsize=13, x=0.01, ha="left", fontweight="bold")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (model, setting) in zip(grid.flat, panels, strict=False):
+        for row in measured:
+            if (row.model, row.label) == (model, setting):
+                _plot_method(axes, row, methods.index(row.method))
+        if model in full:
+            axes.axhline(full[model], color="#888888", linestyle="--", linewidth=1)
+        axes.set_title(" ".join(filter(None, (model, setting))), fontsize=10, loc="left")
+        axes.set_yscale("log")
+        _bare(axes)
+        axes.tick_params(labelsize=8, which="both")
+        axes.set_xlabel("added MACs, %", fontsize=9)
+    grid[0, 0].set_ylabel("perplexity", fontsize=9)
+    handles = {text: handle for axes in grid.flat for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _plot_method(axes: Any, row: Row, index: int) -> None:
+    assert row.evaluation is not None
+    assert row.cost is not None
+    color, marker = _CYCLE[index % len(_CYCLE)], "osD^v"[index // len(_CYCLE) % 5]
+    fill = "none" if row.cost.scales == "dynamic" else color
+    perplexity = min(row.evaluation.perplexity, 1e300)
+    axes.plot(100 * row.cost.share, perplexity, marker, color=color, markerfacecolor=fill, markersize=7, label=row.method)

@@ -20,8 +20,11 @@ RUN_MARKER = "metrics.json"
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def check_output(path: str | Path, *, overwrite: bool = False, needed_bytes: int = 0) -> None:
+def check_output(path: str | Path, *, overwrite: bool = False, needed_bytes: int = 0, marker: str = RUN_MARKER) -> None:
     """Refuses an output folder that could not be written at the end of a run; creates nothing.
+
+    Args:
+        marker: the file by which a folder is known that may be overwritten.
 
     Raises:
         UserError: if the path holds another run (unless it may be overwritten) or anything else, if nothing can be written
@@ -31,7 +34,7 @@ def check_output(path: str | Path, *, overwrite: bool = False, needed_bytes: int
     if target.exists() and not target.is_dir():
         raise UserError(f"output {target} is a file; give the path of a folder that does not exist yet")
     if target.is_dir() and any(target.iterdir()):
-        if not (target / RUN_MARKER).is_file():
+        if not (target / marker).is_file():
             raise UserError(f"output {target} holds other files than a run's; give a new folder with output=FOLDER")
         if not overwrite:
             raise UserError(f"output {target} holds another run; give a new folder with output=FOLDER, or --overwrite")
@@ -139,7 +142,12 @@ def _umask() -> int:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """JSON with infinities and NaN as strings, so that every reader accepts it."""
-    path.write_text(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(to_json(data), encoding="utf-8")
+
+
+def to_json(data: Mapping[str, Any]) -> str:
+    """What `write_json` writes."""
+    return json.dumps(_plain(data), indent=2, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

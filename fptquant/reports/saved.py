@@ -12,15 +12,17 @@ import yaml
 
 from fptquant.config.loading import dump_config, load_config
 from fptquant.config.schema import Config
+from fptquant.config.tables import FULL_PRECISION
 from fptquant.data.windows import check_window
 from fptquant.diagnostics import diagnostics
 from fptquant.errors import UserError
+from fptquant.evaluation.cost import runtime_cost
 from fptquant.evaluation.evaluate import build_reference, evaluate_windows
 from fptquant.evaluation.teacher import ProgressCallback
 from fptquant.files import KeptFiles
 from fptquant.models.loading import load_model
 from fptquant.models.saving import check_saved, load_calibrated
-from fptquant.reports.experiment import DTYPES, row_dict
+from fptquant.reports.experiment import DTYPES
 from fptquant.reports.processes import resolve_device
 from fptquant.reports.progress import Labeled
 from fptquant.reports.run_folder import write_json
@@ -108,14 +110,15 @@ def _evaluate(
     longest = max(len(config.quantization.prefix or ()) for config in configs.values())
     check_window(model.config, asked["window"] + longest, f"the evaluation window with a prefix of {longest} tokens")
     cache, evaluation = build_reference(model, tokenizer, **asked, progress=progress, kept=kept)
-    rows = [Row("full precision", first.dtype, evaluation, evaluation.seconds)]
+    rows = [Row(FULL_PRECISION, first.dtype, evaluation, evaluation.seconds)]
     del model
     for number, (folder, config) in enumerate(configs.items(), start=1):
         calibrated, _ = load_calibrated(folder, device=str(device))
         labeled = Labeled(progress, f"{config.name} {config.quantization.label}: ")
         file = None if kept is None else kept.file(f"{number}.json")
         found = evaluate_windows(calibrated, cache.tokens, text_name=cache.text_name, reference=cache, progress=labeled, kept=file)
-        rows.append(Row(config.name, config.quantization.setting, found, _calibration_seconds(folder) + found.seconds))
+        seconds, cost = _calibration_seconds(folder) + found.seconds, runtime_cost(calibrated, config)
+        rows.append(Row(config.name, config.quantization.setting, found, seconds, cost=cost))
         del calibrated
     return rows
 
@@ -133,7 +136,7 @@ def _write(folder: Path, configs: Mapping[Path, Config], rows: Sequence[Row], de
         file = folder / "configs" / f"{number}-{config.name}-{config.quantization.label}.yaml"
         file.write_text(dump_config(config), encoding="utf-8")
     write_json(folder / "environment.json", {**diagnostics(), "device": device})
-    results = [row_dict(row) for row in rows]
+    results = [row.as_dict() for row in rows]
     for result, path in zip(results[1:], configs, strict=True):
         result["folder"] = str(path)
     write_json(folder / "metrics.json", {"title": "evaluation", "model": model, "results": results})

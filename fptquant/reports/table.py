@@ -1,18 +1,20 @@
-"""Tables of results, for the terminal and as Markdown."""
+"""Tables of results: rows, what they show, and the forms in which they are written."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
+
+from fptquant.config.tables import FULL_PRECISION
+from fptquant.evaluation.cost import RuntimeCost
+from fptquant.evaluation.evaluate import Evaluation
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from fptquant.evaluation.evaluate import Evaluation
-
-COLUMNS = ("method", "setting", "perplexity", "JSD", "top-1", "seconds")
 
 
 @dataclass(frozen=True)
@@ -21,20 +23,105 @@ class Row:
 
     method: str
     setting: str
-    evaluation: Evaluation
-    seconds: float
+    evaluation: Evaluation | None
+    """None where the run failed."""
+    seconds: float | None
     """Calibration and evaluation together."""
+    cost: RuntimeCost | None = None
+    peak_bytes: int | None = None
+    """Most resident memory of the process while it calibrated, the full-precision model and all libraries included."""
+    model: str | None = None
+    published: float | None = None
+    """The perplexity that a paper prints for this row."""
+    config: str | None = None
+    """Where the resolved config lies, seen from the table's file."""
+    error: str | None = None
+    """Why there is no evaluation."""
 
-    def cells(self) -> tuple[str, ...]:
-        """What each of ``COLUMNS`` shows."""
-        return (
-            self.method,
-            self.setting,
-            format_perplexity(self.evaluation.perplexity),
-            "-" if self.evaluation.jsd is None else f"{self.evaluation.jsd:.4f}",
-            "-" if self.evaluation.top1_agreement is None else f"{100 * self.evaluation.top1_agreement:.1f} %",
-            f"{self.seconds:.1f}",
-        )
+    @property
+    def label(self) -> str:
+        """The setting without its notes."""
+        return self.setting.partition(",")[0]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for metrics.json."""
+        return {
+            "method": self.method,
+            "setting": self.setting,
+            "total_seconds": self.seconds,
+            "evaluation": None if self.evaluation is None else self.evaluation.as_dict(),
+            "cost": None if self.cost is None else self.cost.as_dict(),
+            "peak_bytes": self.peak_bytes,
+            **{key: value for key in ("model", "published", "config", "error") if (value := getattr(self, key)) is not None},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Row:
+        """The row that `as_dict` came from; numbers that JSON has as texts (infinity) are numbers again."""
+        evaluation = Evaluation(**{**data["evaluation"], "perplexity": float(data["evaluation"]["perplexity"])})
+        cost = None if data["cost"] is None else RuntimeCost(*(data["cost"][key] for key in ("added", "linears", "scales")))
+        return cls(data["method"], data["setting"], evaluation, data["total_seconds"], cost, data["peak_bytes"])
+
+
+@dataclass(frozen=True)
+class _Column:
+    """What one column shows of a row; one that is not ``always`` there appears where some row has something to show."""
+
+    title: str
+    text: Callable[[Row], str]
+    right: bool = True
+    always: bool = False
+
+
+def _of_evaluation(show: Callable[[Evaluation], str]) -> Callable[[Row], str]:
+    return lambda row: "failed" if row.evaluation is None else show(row.evaluation)
+
+
+def _optional(value: float | None, show: Callable[[float], str]) -> str:
+    return "-" if value is None else show(value)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _published(row: Row) -> str:
+    if row.published is None or row.evaluation is None:
+        return _optional(row.published, format_perplexity)
+    return f"{format_perplexity(row.published)} ({row.evaluation.perplexity - row.published:+.2f})"
+
+
+_ALL_COLUMNS = (
+    _Column("model", lambda row: row.model or "-", right=False),
+    _Column("method", lambda row: row.method, right=False, always=True),
+    _Column("setting", lambda row: row.setting, right=False, always=True),
+    _Column("perplexity", _of_evaluation(lambda found: format_perplexity(found.perplexity)), always=True),
+    _Column("published", _published),
+    _Column("JSD", _of_evaluation(lambda found: _optional(found.jsd, "{:.4f}".format)), always=True),
+    _Column("top-1", _of_evaluation(lambda found: _optional(found.top1_agreement, _percent)), always=True),
+    _Column("added MACs", lambda row: "-" if row.cost is None or not row.cost.added else f"{100 * row.cost.share:.2f} %"),
+    _Column("scales", lambda row: "-" if row.cost is None else row.cost.scales.replace("none", "-")),
+    _Column("seconds", lambda row: _optional(row.seconds, "{:.1f}".format), always=True),
+    _Column("peak MiB", lambda row: _optional(row.peak_bytes, lambda size: f"{size / 2**20:,.0f}")),
+)
+_MEANINGS = {
+    "JSD": "mean Jensen-Shannon divergence from the full-precision model in nats",
+    "top-1": "how often both find the same token likeliest",
+    "published": "the value that a paper prints, and how far the measured one is from it",
+    "added MACs": "additions and multiplications that full precision does not do, in proportion to those of all linears",
+    "scales": "whether ranges of activations and cache are set beforehand or found for every token",
+    "seconds": "calibration and evaluation",
+    "peak MiB": "resident memory of the process while it calibrated, the full-precision model and all libraries included",
+}
+
+
+def _columns(rows: Sequence[Row]) -> list[_Column]:
+    return [column for column in _ALL_COLUMNS if column.always or any(column.text(row) != "-" for row in rows)]
+
+
+def column_titles(rows: Sequence[Row]) -> list[str]:
+    """The heads of the columns that a table of these rows has."""
+    return [column.title for column in _columns(rows)]
 
 
 def format_perplexity(value: float) -> str:
@@ -52,35 +139,111 @@ def format_perplexity(value: float) -> str:
 
 def caption(rows: Sequence[Row]) -> str:
     """What the numbers were measured on and how to read them."""
-    texts = sorted({row.evaluation.text_name for row in rows})
-    tokens = sorted({row.evaluation.tokens for row in rows})
-    return (
-        f"Text: {', '.join(texts)}, {' or '.join(f'{count:,}' for count in tokens)} predictions. "
-        "JSD: mean Jensen-Shannon divergence from the full-precision model in nats; top-1: how often both find the same "
-        "token likeliest; seconds: calibration and evaluation."
-    )
+    found = [row.evaluation for row in rows if row.evaluation is not None]
+    texts = sorted({evaluation.text_name for evaluation in found})
+    tokens = sorted({evaluation.tokens for evaluation in found})
+    measured = f"Text: {', '.join(texts)}, {' or '.join(f'{count:,}' for count in tokens)} predictions. " if found else ""
+    shown = column_titles(rows)
+    return measured + "; ".join(f"{title}: {meaning}" for title, meaning in _MEANINGS.items() if title in shown) + "."
 
 
 def rich_table(rows: Sequence[Row], *, title: str) -> Table:
     """The table for a terminal."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, caption=caption(rows), caption_justify="left", title_justify="left")
-    for column in COLUMNS:
-        justify: Literal["left", "right"] = "left" if column in ("method", "setting") else "right"
-        table.add_column(column, justify=justify, no_wrap=column != "setting")  # a long setting takes several lines
+    columns = _columns(rows)
+    for column in columns:
+        # a long setting takes several lines
+        table.add_column(column.title, justify="right" if column.right else "left", no_wrap=column.title != "setting")
     previous = None
     for row in rows:
-        if previous is not None and row.setting != previous:
+        if previous is not None and (row.model, row.setting) != previous:
             table.add_section()
-        previous = row.setting
-        table.add_row(*row.cells())
+        previous = row.model, row.setting
+        table.add_row(*(escape(column.text(row)) for column in columns))
     return table
 
 
 def markdown_table(rows: Sequence[Row], *, title: str) -> str:
-    """The table as Markdown, with its title and caption."""
-    head = "| " + " | ".join(COLUMNS) + " |"
-    rule = "|---|---|---:|---:|---:|---:|"
-    body = ["| " + " | ".join(row.cells()) + " |" for row in rows]
-    return "\n".join([f"# {title}", "", head, rule, *body, "", caption(rows), ""])
+    """The table as Markdown, with its title and caption; a method is a link to its config where the row says where that lies."""
+    columns = _columns(rows)
+    rule = "|" + "|".join("---:" if column.right else "---" for column in columns) + "|"
+    body = [_line(_linked(row, column) for column in columns) for row in rows]
+    failures = [f"- {row.method}, {row.setting}{f', {row.model}' if row.model else ''}: {row.error}" for row in rows if row.error]
+    parts = [f"# {title}", "", _line(column.title for column in columns), rule, *body, "", caption(rows), ""]
+    return "\n".join([*parts, *(["Failed:", "", *failures, ""] if failures else [])])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _linked(row: Row, column: _Column) -> str:
+    text = column.text(row).replace("|", "\\|")
+    return f"[{text}]({row.config})" if row.config is not None and column.title == "perplexity" else text
+
+
+_CSV_COLUMNS = (
+    "model", "method", "setting", "perplexity", "published", "jsd", "top1_agreement", "tokens", "text_name", "added_macs",
+    "added_share", "scales", "seconds", "peak_bytes", "config", "error",
+)  # fmt: skip
+
+
+def csv_table(rows: Sequence[Row]) -> str:
+    """The rows with every digit, for a spreadsheet or a script; empty where there is no value."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _CSV_COLUMNS, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    for row in rows:
+        found = {} if row.evaluation is None else row.evaluation.as_dict()
+        cost = row.cost
+        extra = {} if cost is None else {"added_macs": sum(cost.added.values()), "added_share": cost.share, "scales": cost.scales}
+        writer.writerow({**found, **vars(row), **extra})
+    return text.getvalue()
+
+
+def latex_table(rows: Sequence[Row], *, title: str) -> str:
+    """A table for a paper (packages booktabs): methods down, models and settings across, perplexity in the cells.
+
+    The best of a column is bold; a published value stands in parentheses.
+    """
+    full = {row.model: row for row in rows if row.method == FULL_PRECISION}
+    found = {(row.method, row.model, row.label): row for row in rows if row.method != FULL_PRECISION}
+    across = list(dict.fromkeys((model, label) for _, model, label in found))
+    down = list(dict.fromkeys(method for method, _, _ in found))
+    best = {key: min(_perplexity(row) for row in found.values() if (row.model, row.label) == key) for key in across}
+
+    def cell(method: str, key: tuple[str | None, str]) -> str:
+        row = found.get((method, *key))
+        if row is None or row.evaluation is None:
+            return "--"
+        text = _latex(format_perplexity(row.evaluation.perplexity))
+        text = rf"\textbf{{{text}}}" if _perplexity(row) == best[key] else text
+        return text if row.published is None else f"{text} ({_latex(format_perplexity(row.published))})"
+
+    heads = [_latex(f"{model} {setting}" if model else setting) for model, setting in across]
+    first = [_latex(format_perplexity(_perplexity(full[model]))) if model in full else "--" for model, _ in across]
+    lines = [
+        rf"% {title}",
+        rf"\begin{{tabular}}{{l{'r' * len(across)}}}",
+        r"\toprule",
+        " & ".join(["method", *heads]) + r" \\",
+        r"\midrule",
+        " & ".join([FULL_PRECISION, *first]) + r" \\",
+        *(" & ".join([_latex(method), *(cell(method, key) for key in across)]) + r" \\" for method in down),
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _perplexity(row: Row) -> float:
+    return math.inf if row.evaluation is None else row.evaluation.perplexity
+
+
+def _latex(text: str) -> str:
+    for special in "&%$#_{}":
+        text = text.replace(special, f"\\{special}")
+    return text

@@ -1,6 +1,6 @@
 """Folders of runs that may be killed: what was done stays in ``NAME.partial`` beside the output until the run is finished.
 
-runs/mine.partial/config.yaml       what is run (configs/ where several are compared)
+runs/mine.partial/config.yaml       what is run
 runs/mine.partial/checkpoint*       from where it goes on: of training (`fptquant.training.checkpoint`) and the stages before it
                                     (`fptquant.stages.prepared`); folders of rounding (`fptquant.stages.round_gptq`), of evaluations
                                     (`fptquant.evaluation.scores`), and where a model larger than memory is calibrated
@@ -14,7 +14,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,20 +30,19 @@ CHECKPOINT = "checkpoint"
 """Names that begin so belong to the unfinished run alone; a file of this name, whatever its suffix, makes it worth keeping."""
 EVALUATION = f"{CHECKPOINT}-evaluation"
 """Folder of what evaluations have found so far; what lies in a folder ``checkpoint-*`` makes a run worth keeping, too."""
-_OF_TRAINING = ("metrics.jsonl", "tensorboard", "training")
+_OF_TRAINING = ("metrics.jsonl", "tensorboard")
 """What the next part of a run that trains needs besides its checkpoints; everything else is made again."""
 _KEPT = "what was written until the last checkpoint is kept"
-_MAY_CHANGE = {"output", *(f"training.{key}" for key in WITHOUT_INFLUENCE)}
+MAY_CHANGE = {"output", *(f"training.{key}" for key in WITHOUT_INFLUENCE)}
+"""What may differ when a run goes on."""
 
 Description = Mapping[str, str]
 """Paths inside a run folder and the YAML that says there what is run."""
 
 
-def config_files(configs: Sequence[Config]) -> dict[str, str]:
-    """The configs as YAML, by the path that they have in the run folder."""
-    if len(configs) == 1:
-        return {"config.yaml": dump_config(configs[0])}
-    return {f"configs/{config.name}-{config.quantization.label}.yaml": dump_config(config) for config in configs}
+def config_files(config: Config) -> dict[str, str]:
+    """The config as YAML, by the path that it has in the run folder."""
+    return {"config.yaml": dump_config(config)}
 
 
 def stream_description(config: Config) -> dict[str, str]:
@@ -68,7 +67,7 @@ def check_run(
     """
     partial = partial_folder(path)
     if partial.is_dir():
-        with _alone(partial, Path(path)):
+        with alone(partial, Path(path)):
             pass
     if resume:
         if not partial.is_dir():
@@ -90,7 +89,7 @@ def _check_description(partial: Path, description: Description) -> None:
             saved = None
         if not isinstance(saved, dict):
             raise UserError(f"{partial / name} is missing or damaged; start anew with --overwrite")
-        other = differences(saved, yaml.safe_load(text), ignored=_MAY_CHANGE)
+        other = differences(saved, yaml.safe_load(text), ignored=MAY_CHANGE)
         if other:
             raise UserError(
                 f"the unfinished run {partial} has another {Path(name).stem} ({'; '.join(other)}); "
@@ -124,14 +123,13 @@ def lasting_run_folder(
     made = make_parents(target.parent)
     with disk_errors(target, _KEPT):
         partial.mkdir(exist_ok=True)
-    with disk_errors(target, _KEPT), _alone(partial, target):
+    with disk_errors(target, _KEPT), alone(partial, target):
         try:
             with disk_errors(target, _KEPT):  # here too, so that the note below is on the error that the user sees
                 _prepare(partial, description, lasting, resume)
                 yield partial
                 for checkpoint in list(partial.rglob(f"{CHECKPOINT}*")):
                     _remove(checkpoint)
-                remove_empty([*partial.glob("training"), *partial.glob("training/*")])
                 replace_folder(target, partial)
         except BaseException as error:
             if not note_checkpoint(error, partial):
@@ -161,7 +159,7 @@ def note_checkpoint(error: BaseException, partial: Path) -> bool:
 
 
 @contextmanager
-def _alone(folder: Path, target: Path) -> Iterator[None]:
+def alone(folder: Path, target: Path) -> Iterator[None]:
     """Holds a lock on a folder, which ends with the process, however it ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

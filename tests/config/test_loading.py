@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from fptquant.config.labels import EXAMPLE_LABELS
-from fptquant.config.loading import dump_config, find_config, load_config, load_demo_config, parse_config, shipped_configs
+from fptquant.config.loading import dump_config, find_config, load_config, parse_config, shipped_configs
 from fptquant.config.schema import SITE_SETS, Config
 from fptquant.errors import UserError
 
@@ -20,19 +20,15 @@ def mistakes(*overrides: str, file: str | Path = "rtn") -> list[str]:
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
 
-@pytest.mark.parametrize("name", [name for name in shipped_configs() if name != "demo"])
+METHODS = [name for name, path in shipped_configs().items() if path.parent.name != "tables"]
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_shipped_configs_survive_a_round_trip(name: str, tmp_path: Path) -> None:
     config = load_config(name)
     file = tmp_path / "again.yaml"
     file.write_text(dump_config(config), encoding="utf-8")
     assert load_config(file) == config
-
-
-def test_the_demo_names_methods_that_exist() -> None:
-    table = load_demo_config("configs/demo.yaml")
-    for method in table.methods:
-        for setting in table.settings:
-            assert load_config(method, f"quantization={setting}").quantization.label == setting
 
 
 def test_shipped_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,6 +38,40 @@ def test_shipped_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: 
     own = tmp_path / "configs" / "methods" / "rtn.yaml"
     own.write_text("name: mine\n", encoding="utf-8")
     assert load_config("configs/methods/rtn.yaml").name == "mine"
+
+
+def test_a_recipe_says_how_it_differs_from_another(tmp_path: Path) -> None:
+    parent = load_config("fptquant-local")
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        "extends: fptquant-local\nname: own\ntransforms: {value_mixing: {start: identity}, up_scaling: null}\n"
+        "quantization: {label: w3a16, weight: {range: {candidates: 7}}}\n"
+    )
+    own = load_config(file)
+    assert own.name == "own"
+    assert own.transforms.used == tuple(name for name in parent.transforms.used if name != "up_scaling")
+    assert own.transforms.value_mixing is not None
+    assert own.transforms.value_mixing.start == "identity"
+    assert own.quantization.label == "w3a16"
+    assert own.quantization.weight.range == parent.quantization.weight.range.model_copy(update={"candidates": 7})
+    (tmp_path / "child.yaml").write_text("extends: own.yaml\nname: child\nquantization: w4a8kv8-static\n")
+    child = load_config(tmp_path / "child.yaml", "seed=3")
+    assert (child.quantization.label, child.quantization.weight.range.candidates, child.seed) == ("w4a8kv8-static", 7, 3)
+
+
+def test_recipes_that_extend_nothing_or_themselves(tmp_path: Path) -> None:
+    def refused(text: str, name: str = "own.yaml") -> str:
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError) as caught:
+            load_config(tmp_path / name)
+        return str(caught.value)
+
+    assert "name: is required" in refused("extends: rtn\nseed: 1\n")
+    assert "there is no config 'rtm'; did you mean 'rtn'?" in refused("extends: rtm\nname: own\n")
+    assert "extends is 3; write the name" in refused("extends: 3\nname: own\n")
+    (tmp_path / "other.yaml").write_text("extends: own.yaml\nname: other\n")
+    assert "which extends it in turn" in refused("extends: other.yaml\nname: own\n")
+    assert "did you mean rounding?" in refused("extends: rtn\nname: own\nroundin: {method: gptq}\n", "wrong.yaml")
 
 
 def test_overrides_are_yaml_values() -> None:
@@ -179,8 +209,8 @@ def test_what_is_given_without_effect_is_a_mistake(path: str, overrides: list[st
 
 
 def test_a_file_chooses_for_every_setting_but_does_not_contradict_itself(tmp_path: Path) -> None:
-    for name in shipped_configs():
-        for label in EXAMPLE_LABELS if name != "demo" else ():
+    for name in METHODS:
+        for label in EXAMPLE_LABELS:
             load_config(name, f"quantization={label}")
     file = tmp_path / "own.yaml"
     file.write_text("name: own\ntransforms: {value_mixing: {}}\nlocal: {lr: 0.1}\nquantization: {label: w4a16, prefix: auto}\n")
@@ -313,5 +343,5 @@ def test_dumps_are_plain_yaml() -> None:
 
 
 def test_a_table_is_not_taken_for_a_method() -> None:
-    with pytest.raises(UserError, match="table of several methods; `fptquant demo` runs it"):
+    with pytest.raises(UserError, match="table of several methods; `fptquant table` makes it"):
         load_config("demo")

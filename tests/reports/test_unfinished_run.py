@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fptquant.config.loading import load_config
 from fptquant.errors import UserError
 from fptquant.reports.run_folder import RUN_MARKER
-from fptquant.reports.unfinished_run import check_run, config_files, lasting_run_folder, partial_folder
+from fptquant.reports.unfinished_run import check_run, lasting_run_folder, partial_folder
 from fptquant.training.checkpoint import CHECKPOINT
 
 CONFIG = {"config.yaml": "name: mine\ntraining: {steps: 4, checkpoint_seconds: 60}\noutput: runs/a\n"}
@@ -137,9 +136,3 @@ def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:
         done = subprocess.run(arguments, capture_output=True, text=True, check=True)
         assert "another process is writing" in done.stdout
         assert (folder / "config.yaml").is_file()
-
-
-def test_several_configs_lie_in_a_folder() -> None:
-    configs = [load_config("rtn", "quantization=w4a16"), load_config("rtn", "quantization=w8a8-static")]
-    assert list(config_files(configs)) == ["configs/rtn-w4a16.yaml", "configs/rtn-w8a8-static.yaml"]
-    assert list(config_files(configs[:1])) == ["config.yaml"]

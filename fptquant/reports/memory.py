@@ -1,4 +1,4 @@
-"""The peak of this process's resident memory, for the benchmarks."""
+"""The peak of this process's resident memory."""
 
 from __future__ import annotations
 

@@ -1,0 +1,149 @@
+"""The schema of a table's YAML file: methods, settings and models, and the values that papers print for them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from fptquant.config.loading import load_config, load_yaml_config
+from fptquant.config.schema import Config, Name, StrictModel
+from fptquant.errors import UserError
+
+FULL_PRECISION = "full precision"
+"""The method of the row that every model begins with."""
+
+
+def _from_text(key: str) -> Any:
+    """A text stands for a mapping with a key of its own and the text's last part as its name."""
+
+    def expand(data: Any) -> Any:
+        if not isinstance(data, str):
+            return data
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).name.removesuffix(".yaml")).lstrip("._-")
+        return {"name": name or "model", key: data}
+
+    return BeforeValidator(expand)
+
+
+class TableMethod(StrictModel):
+    """A method of a table, and how it differs from the config of that name."""
+
+    name: Name
+    method: str = Field(min_length=1, description="a YAML file, or the name of a shipped method")
+    overrides: list[str] = Field(default=[])
+
+
+class TableModel(StrictModel):
+    """A model of a table, and what its runs have in common."""
+
+    name: Name
+    model: str = Field(min_length=1, description="as in a method's config")
+    overrides: list[str] = Field(default=[])
+
+
+class Published(StrictModel):
+    """A value that a paper prints."""
+
+    model: str
+    method: str = Field(description="a method's name in this table, or full precision")
+    setting: str | None = Field(default=None, description="none for full precision")
+    perplexity: float = Field(gt=0)
+    source: str = Field(min_length=1, description="paper and table")
+
+
+class TableConfig(StrictModel):
+    """A grid: every method in every setting on every model."""
+
+    name: Name
+    models: list[Annotated[TableModel, _from_text("model")]] = Field(min_length=1)
+    methods: list[Annotated[TableMethod, _from_text("method")]] = Field(min_length=1)
+    settings: list[str] = Field(min_length=1)
+    overrides: list[str] = Field(default=[], description="settings of all cells")
+    published: list[Published] = Field(default=[])
+    output: str = Field(default="runs/{name}", min_length=1)
+
+    @property
+    def output_folder(self) -> str:
+        """``output`` with its placeholder filled in."""
+        return self.output.replace("{name}", self.name)
+
+    def published_perplexity(self, model: str, method: str, setting: str | None) -> float | None:
+        """What a paper prints for this cell."""
+        for value in self.published:
+            if (value.model, value.method) == (model, method) and value.setting in (setting, None):
+                return value.perplexity
+        return None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method in one setting on one model."""
+
+    model: TableModel
+    setting: str
+    """As the table's file names it."""
+    config: Config
+
+    @property
+    def folder(self) -> str:
+        """Its run folder, inside that of the table."""
+        return f"{model_folder(self.model)}/{self.config.name}-{self.setting}"
+
+
+def model_folder(model: TableModel) -> str:
+    """Where the cells of a model lie, inside the table's folder."""
+    return f"cells/{model.name}"
+
+
+def load_table(path_or_name: str | Path, *overrides: str) -> TableConfig:
+    """A table's config from a YAML file or a shipped table's short name; errors as in `fptquant.config.load_config`."""
+    return load_yaml_config(TableConfig, path_or_name, *overrides)
+
+
+def table_cells(table: TableConfig) -> list[Cell]:
+    """The cells, model by model and setting by setting.
+
+    Raises:
+        UserError: every mistake of every cell at once; if two cells are one; if cells of one model differ in what they share
+            with its full-precision row: evaluation, dtype and device.
+    """
+    cells: list[Cell] = []
+    problems: list[str] = []
+    for model in table.models:
+        for setting in table.settings:
+            for method in table.methods:
+                given = [f"model={json.dumps(model.model)}", f"quantization={setting}", f"name={method.name}"]
+                try:
+                    config = load_config(method.method, *given, *table.overrides, *model.overrides, *method.overrides, several=True)
+                except UserError as error:
+                    problems.append(f"{method.name}, {setting}, {model.name}: {error}")
+                else:
+                    cells.append(Cell(model, setting, config))
+    if not problems:
+        problems = [*_repeated(cells), *_apart(cells)]
+    if problems:
+        raise UserError("\n".join([f"the table {table.name} cannot be made:", *dict.fromkeys(problems)]))
+    return cells
+
+
+def _repeated(cells: Sequence[Cell]) -> list[str]:
+    folders = [cell.folder for cell in cells]
+    twice = [folder for folder in folders if folders.count(folder) > 1]
+    return [f"{folder}: is there twice; give each method and model a name of its own" for folder in twice]
+
+
+def _apart(cells: Sequence[Cell]) -> list[str]:
+    found = []
+    first: dict[str, Config] = {}
+    for cell in cells:
+        shared = first.setdefault(cell.model.name, cell.config)
+        for key in ("evaluation", "dtype", "device"):
+            if getattr(cell.config, key) != getattr(shared, key):
+                found.append(f"{cell.folder}: {key} is another than that of {shared.name}; set it for the whole table or model")
+    return found

@@ -1,0 +1,77 @@
+"""What a method adds to a model's work at run time: multiply-accumulates for every token, and scales found on the fly."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from fptquant.config.schema import Config
+from fptquant.models.adapter import view_model
+from fptquant.ops.hadamard import hadamard_additions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Scales = Literal["none", "static", "dynamic"]
+
+
+@dataclass(frozen=True)
+class RuntimeCost:
+    """The work for one token that full precision does not do."""
+
+    added: dict[str, int]
+    """Multiply-accumulates (an addition or a multiplication alone counts as one) by what asks for them; only what is in use."""
+    linears: int
+    """Multiply-accumulates of all linears, the head included: what ``added`` is compared with."""
+    scales: Scales
+    """Whether activations and cache are quantized with ranges set beforehand, with ranges found for every token, or not at all."""
+
+    @property
+    def share(self) -> float:
+        """All that is added, in proportion to the linears."""
+        return sum(self.added.values()) / self.linears
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "share": self.share}
+
+
+def runtime_cost(model: PreTrainedModel, config: Config) -> RuntimeCost:
+    """Counts what a config leaves to do at run time on a model of this size; transforms that merge cost nothing.
+
+    T_d: a Hadamard transform of the down projection's input; T_h: one of every head of queries and keys; S_n: 1 / running_scale
+    times the branch, and the residual kept normalized; a prefix: products of queries with its keys, and of weights with its values.
+    Dynamic ranges are named, not counted: each asks for the extremes of a token, whose cost is waiting rather than arithmetic.
+
+    Args:
+        config: its prefix as token ids, as in ``CalibrationResult.config``.
+    """
+    view, transforms = view_model(model), config.transforms
+    hidden, heads = view.hidden_size, view.num_heads * view.head_dim
+    keys = view.num_kv_heads * view.head_dim
+    added: dict[str, int] = {}
+    if transforms.down_hadamard is not None:
+        block = transforms.down_hadamard.block_size or view.intermediate_size
+        added["T_d"] = view.intermediate_size * hadamard_additions(block)
+    if transforms.query_key_hadamard is not None:
+        added["T_h"] = (heads + keys) * hadamard_additions(view.head_dim)
+    if transforms.residual_scaling is not None:
+        branches = heads + view.intermediate_size if transforms.residual_scaling.where == "input" else 2 * hidden
+        added["S_n"] = branches
+    if isinstance(config.quantization.prefix, list):
+        added["prefix"] = 2 * heads * len(config.quantization.prefix)
+    block_linears = hidden * (2 * heads + 2 * keys + 3 * view.intermediate_size)
+    return RuntimeCost(
+        {name: count * view.num_layers for name, count in added.items()},
+        block_linears * view.num_layers + hidden * int(model.config.vocab_size),
+        _scales(config),
+    )
+
+
+def _scales(config: Config) -> Scales:
+    quantization = config.quantization
+    if not quantization.quantized_sites:
+        return "none"
+    static = quantization.has_static_range("activation") or quantization.has_static_range("kv_cache")
+    dynamic = any(part.dynamic and part.bits < 16 for part in (quantization.activation, quantization.kv_cache))
+    return "dynamic" if dynamic or not static else "static"

@@ -1,0 +1,214 @@
+"""Runs every cell of a table; `fptquant.reports.grid_folder` says where what comes of it lies."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fptquant.config.loading import dump_config
+from fptquant.config.tables import FULL_PRECISION, Cell, TableConfig, model_folder
+from fptquant.diagnostics import diagnostics
+from fptquant.errors import ProcessLost, UserError
+from fptquant.files import replace_file
+from fptquant.reports.experiment import Baseline, measure_baseline, needed_bytes, open_model, preflight, results_folder, run_config
+from fptquant.reports.grid_folder import BASELINE, GRID, check_table, grid_folder
+from fptquant.reports.plots import plot_block_errors, plot_cost
+from fptquant.reports.progress import Labeled, Progress
+from fptquant.reports.run_folder import RUN_MARKER, check_output, to_json
+from fptquant.reports.table import Row, csv_table, latex_table, markdown_table
+from fptquant.reports.unfinished_run import EVALUATION, partial_folder
+from fptquant.stages.distributed import is_main, main_holds, on_main, world_size
+from fptquant.stages.progress import Progress as ProgressCallback
+from fptquant.stages.progress import say
+
+
+@dataclass(frozen=True)
+class Table:
+    """What has been measured of a grid, and where it lies."""
+
+    rows: list[Row]
+    folder: Path
+
+    @property
+    def failed(self) -> list[Row]:
+        """The rows of cells that failed, with their errors."""
+        return [row for row in self.rows if row.error is not None]
+
+
+def make_table(
+    table: TableConfig,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    save: bool = False,
+    progress: ProgressCallback | None = None,
+) -> Table:
+    """Runs every cell of a grid that is not finished, and writes the table.
+
+    A cell that fails is reported in its row and does not stop the others, unless several processes work together.
+
+    Args:
+        overwrite: begin with an empty folder; what it holds is lost.
+        resume: keep the cells that are finished, go on with the one that was under way.
+        save: write each calibrated model into its cell.
+        progress: called as ``progress(done, total, description)``; a progress bar by default.
+
+    Raises:
+        UserError: as `check_table`, before anything is done.
+
+    Example:
+        >>> made = make_table(load_table("demo", "settings=[w4a16]"))  # doctest: +SKIP
+    """
+    if progress is None:
+        with Progress() as bars:
+            return make_table(table, overwrite=overwrite, resume=resume, save=save, progress=bars)
+    folder = Path(table.output_folder).absolute()
+    cells = on_main(lambda: check_table(table, overwrite=overwrite, resume=resume))
+    with main_holds(lambda: grid_folder(folder, anew=overwrite or not resume)):
+        if is_main():
+            replace_file(folder / GRID, dump_config(table).encode())
+        grid = _Grid(folder, table, cells, {})
+        for model in dict.fromkeys(cell.model.name for cell in cells):
+            _run_model(grid, [cell for cell in cells if cell.model.name == model], save, progress)
+        on_main(grid.write)
+        on_main(grid.plot)
+    return Table(on_main(grid.rows), Path(table.output_folder))
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """A grid and what has become of its cells."""
+
+    folder: Path
+    table: TableConfig
+    cells: Sequence[Cell]
+    errors: dict[str, str]
+    """Why cells failed, by their folder."""
+
+    def finished(self, cell: Cell) -> bool:
+        return (self.folder / cell.folder / RUN_MARKER).is_file()
+
+    def rows(self) -> list[Row]:
+        """A row for every cell that is finished or has failed, those of full precision before them."""
+        found: list[Row] = []
+        model = None
+        for cell in self.cells:
+            baseline = self.folder / model_folder(cell.model) / BASELINE
+            if cell.model.name != model and baseline.is_file():
+                found.append(self._complete(Row.from_dict(json.loads(baseline.read_text(encoding="utf-8"))), cell, None))
+            model = cell.model.name
+            if self.finished(cell):
+                row = Row.from_dict(_results(self.folder / cell.folder)[1])
+                found.append(replace(self._complete(row, cell, cell.setting), config=f"{cell.folder}/config.yaml"))
+            elif cell.folder in self.errors:
+                row = Row(cell.config.name, cell.setting, None, None, error=self.errors[cell.folder])
+                found.append(self._complete(row, cell, cell.setting))
+        return found
+
+    def _complete(self, row: Row, cell: Cell, setting: str | None) -> Row:
+        several = len(self.table.models) > 1
+        published = self.table.published_perplexity(cell.model.name, row.method, setting)
+        return replace(row, model=cell.model.name if several else None, published=published)
+
+    def write(self) -> None:
+        """Writes the table's texts as things stand."""
+        rows = self.rows()
+        title = self.table.name if len(self.table.models) > 1 else f"{self.table.name}: {self.table.models[0].model}"
+        results = {"title": title, "results": [row.as_dict() for row in rows]}
+        files = {
+            "table.md": markdown_table(rows, title=title),
+            "table.csv": csv_table(rows),
+            "table.tex": latex_table(rows, title=title),
+            RUN_MARKER: to_json(results),
+            "environment.json": to_json(diagnostics()),
+        }
+        for name, text in files.items():
+            replace_file(self.folder / name, text.encode())
+
+    def plot(self) -> None:
+        """Draws what is finished."""
+        done = [cell for cell in self.cells if self.finished(cell)]
+        errors = {cell.folder.removeprefix("cells/"): _results(self.folder / cell.folder)[1]["block_errors"] for cell in done}
+        plots = self.folder / "plots"
+        plots.mkdir(exist_ok=True)
+        if done:
+            plot_block_errors(errors, plots / "block_errors.png")
+            plot_cost(self.rows(), plots / "cost.png", title=self.table.name)
+
+
+def _results(run: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((run / RUN_MARKER).read_text(encoding="utf-8"))["results"]
+    return found
+
+
+def _run_model(grid: _Grid, cells: Sequence[Cell], save: bool, progress: ProgressCallback) -> None:
+    """All cells of one model that are not finished."""
+    here = grid.folder / model_folder(cells[0].model)
+    missing: list[Cell] = on_main(lambda: [cell for cell in cells if not grid.finished(cell)])
+    if missing or not on_main((here / BASELINE).is_file):
+        baseline: list[Baseline] = []
+        with _failing(grid, missing, progress):
+            baseline.append(_open(grid, missing or cells[:1], here, save, progress))
+        ready = [cell for cell in missing if cell.folder not in grid.errors] if baseline else []
+        for cell in ready:
+            with _failing(grid, [cell], progress):
+                _run_cell(baseline[0], grid.folder, cell, save, progress, last=cell is ready[-1])
+            on_main(grid.write)
+    if is_main() and all(map(grid.finished, cells)):
+        shutil.rmtree(here / EVALUATION, ignore_errors=True)
+
+
+@contextmanager
+def _failing(grid: _Grid, cells: Sequence[Cell], progress: ProgressCallback) -> Iterator[None]:
+    """Notes an error for the cells that it strikes; with several processes, which would wait for each other, it ends them all."""
+    try:
+        yield
+    except Exception as error:
+        if world_size() > 1 or isinstance(error, ProcessLost):
+            raise
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        for cell in cells:
+            grid.errors[cell.folder] = " ".join(reason.split())
+            say(progress, f"failed: {cell.folder.removeprefix('cells/')}: {reason}")
+        if not isinstance(error, UserError):  # a mistake of ours: where it happened is worth knowing
+            replace_file(_traceback(grid.folder / cells[0].folder), traceback.format_exc().encode())
+
+
+def _traceback(run: Path) -> Path:
+    """Where the traceback of a cell's unforeseen error is written."""
+    return run.with_name(f"{run.name}.error.txt")
+
+
+def _open(grid: _Grid, cells: Sequence[Cell], here: Path, save: bool, progress: ProgressCallback) -> Baseline:
+    """The full-precision model, measured; cells that ask of it what cannot be have failed."""
+    if is_main():
+        here.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = open_model(cells[0].config)
+    for cell in cells:
+        with _failing(grid, [cell], progress):
+            preflight(model, tokenizer, cell.config)
+    needed = needed_bytes(model, tokenizer, [cell.config for cell in cells], save=save)
+    on_main(lambda: check_output(grid.folder, overwrite=True, marker=GRID, needed_bytes=needed))
+    labeled = Labeled(progress, f"{cells[0].model.name}: ") if len(grid.table.models) > 1 else progress
+    baseline = measure_baseline(model, tokenizer, cells[0].config, here / EVALUATION, labeled)
+    if is_main():
+        replace_file(here / BASELINE, to_json(replace(baseline.row, method=FULL_PRECISION).as_dict()).encode())
+    return baseline
+
+
+def _run_cell(baseline: Baseline, folder: Path, cell: Cell, save: bool, progress: ProgressCallback, *, last: bool) -> None:
+    output = folder / cell.folder
+    under_way = on_main(partial_folder(output).is_dir)
+    if is_main():
+        _traceback(output).unlink(missing_ok=True)
+    labeled = Labeled(progress, f"{cell.folder.removeprefix('cells/')}: ")
+    with results_folder(cell.config, output, overwrite=False, resume=under_way) as partial:
+        # The last one needs no copy: nobody asks the full-precision model any more.
+        title = f"{cell.config.name} on {cell.config.model}"
+        run_config(baseline, cell.config, partial, labeled, title=title, resume=under_way, save=save, in_place=last)

@@ -1,0 +1,83 @@
+"""The folder of a table: one run folder for each cell, and the table of what lies in them.
+
+runs/mine/table.yaml                       the grid, with every default written out
+runs/mine/cells/MODEL/METHOD-SETTING/      a run folder as ``fptquant run`` writes it; NAME.partial while it is made
+runs/mine/cells/MODEL/full-precision.json  what the full-precision model scored
+runs/mine/cells/MODEL/checkpoint-*         what evaluations have found so far, until all cells of the model are done
+runs/mine/table.md, table.csv, table.tex, metrics.json, environment.json, plots/
+
+The table is written anew after every cell, plots are drawn at the end. A finished cell is never made again, so that a grid may
+grow; a cell that failed is tried again when the same command goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from fptquant.config.differences import differences
+from fptquant.config.loading import dump_config
+from fptquant.config.tables import Cell, TableConfig, table_cells
+from fptquant.errors import UserError
+from fptquant.reports.run_folder import check_output, make_parents
+from fptquant.reports.unfinished_run import MAY_CHANGE, alone, partial_folder
+
+GRID = "table.yaml"
+"""A folder with this file holds a table."""
+BASELINE = "full-precision.json"
+
+
+def check_table(table: TableConfig, *, overwrite: bool = False, resume: bool = False) -> list[Cell]:
+    """The cells of a grid, if it can be begun or gone on with at its output; creates nothing.
+
+    Raises:
+        UserError: as `fptquant.config.tables.table_cells`; if the output is no place for it, holds a table that may be neither
+            overwritten nor gone on with, or cells of other settings.
+    """
+    cells = table_cells(table)
+    folder = Path(table.output_folder)
+    if (folder / GRID).is_file():
+        if not (overwrite or resume):
+            raise UserError(
+                f"{folder} holds a table; go on with --resume (finished cells are kept), or start anew with --overwrite"
+            )
+        with alone(folder, folder):
+            pass
+    elif resume:
+        raise UserError(f"there is no table in {folder} yet; leave out --resume")
+    check_output(folder, overwrite=True, marker=GRID)
+    if resume and not overwrite:
+        _check_cells(folder, cells)
+    return cells
+
+
+def _check_cells(folder: Path, cells: Sequence[Cell]) -> None:
+    """Refuses a folder in which a cell, finished or not, has another config than the grid now says."""
+    problems = []
+    for cell in cells:
+        wanted = yaml.safe_load(dump_config(cell.config))
+        for place in (folder / cell.folder, partial_folder(folder / cell.folder)):
+            file = place / "config.yaml"
+            if not file.is_file():
+                continue
+            other = differences(yaml.safe_load(file.read_text(encoding="utf-8")), wanted, ignored=MAY_CHANGE)
+            problems += [f"  {place.name}: {'; '.join(other)}"] if other else []
+    if problems:
+        raise UserError(
+            "\n".join([f"{folder} has cells of other settings; set these as they were, or remove their folders:", *problems])
+        )
+
+
+@contextmanager
+def grid_folder(folder: Path, *, anew: bool) -> Iterator[None]:
+    """The table's folder, which no other process works on meanwhile."""
+    make_parents(folder.parent)
+    folder.mkdir(exist_ok=True)
+    with alone(folder, folder):
+        for entry in folder.iterdir() if anew else ():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        yield

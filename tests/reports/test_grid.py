@@ -1,0 +1,243 @@
+"""Tables of several methods, settings and models: what they hold, and what becomes of them when something fails."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fptquant.config.tables import TableConfig, load_table, table_cells
+from fptquant.errors import UserError
+from fptquant.reports import experiment
+from fptquant.reports.grid import Table, make_table
+from fptquant.stages.progress import quiet
+from tests.tiny_folder import save_tiny_folder
+
+SMALL = [
+    "calibration={text: topics, windows: 2, window: 32}", "evaluation={text: topics, windows: 2, window: 32}",
+]  # fmt: skip
+TRANSFORMED = {"name": "rotated", "method": "fptquant-local", "overrides": ["local.value_steps=5", "quantization.prefix=null"]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the cells take longer than everything else; one test looks at them."""
+    monkeypatch.setattr(experiment, "_plot", lambda *arguments: None)
+
+
+def grid(folder: Path, model: Path | str, **changes: Any) -> TableConfig:
+    data = {
+        "name": "mine",
+        "models": [str(model)],
+        "methods": ["rtn", TRANSFORMED],
+        "settings": ["w4a16", "w4a4kv4-dynamic"],
+        "overrides": SMALL,
+        "output": str(folder),
+    }
+    file = folder.parent / f"{folder.name}.yaml"
+    file.write_text(yaml.safe_dump(data | changes), encoding="utf-8")
+    return load_table(file)
+
+
+class Listener:
+    """Keeps the lines that are to stay."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def __call__(self, done: int, total: int, description: str) -> None: ...
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+
+def make(table: TableConfig, **options: Any) -> Table:
+    return make_table(table, progress=options.pop("progress", Listener()), **options)
+
+
+def scores(table: Table) -> dict[tuple[str, str], float | None]:
+    return {(row.method, row.label): row.evaluation.perplexity if row.evaluation else None for row in table.rows}
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, when: Callable[[str], bool], error: type[BaseException]) -> list[str]:
+    """Makes the calibration of some cells fail; returns the list of all that are begun."""
+    begun: list[str] = []
+    calibrate = experiment.calibrate
+
+    def calibrate_or_fail(model: Any, tokenizer: Any, config: Any, **options: Any) -> Any:
+        begun.append(f"{config.name} {config.quantization.label}")
+        if when(begun[-1]):
+            raise error("out of luck")
+        return calibrate(model, tokenizer, config, **options)
+
+    monkeypatch.setattr(experiment, "calibrate", calibrate_or_fail)
+    return begun
+
+
+def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    made = make(grid(folder, model, settings=["w4a4kv4-dynamic"], published=[
+        {"model": "tiny", "method": "rotated", "setting": "w4a4kv4-dynamic", "perplexity": 8.56, "source": "a paper"},
+        {"model": "tiny", "method": "full precision", "perplexity": 5.47, "source": "a paper"},
+    ]))  # fmt: skip
+    assert [(row.method, row.published) for row in made.rows] == [("full precision", 5.47), ("rtn", None), ("rotated", 8.56)]
+    assert {path.name for path in folder.iterdir()} == {
+        "table.yaml", "table.md", "table.csv", "table.tex", "metrics.json", "environment.json", "plots", "cells",
+    }  # fmt: skip
+    assert {path.name for path in (folder / "plots").iterdir()} == {"block_errors.png", "cost.png"}
+    cell = folder / "cells" / "tiny" / "rotated-w4a4kv4-dynamic"
+    assert {path.name for path in (cell / "plots").iterdir()} == {"activations.png", "outliers.png", "block_errors.png"}
+    text = (folder / "table.md").read_text()
+    heads = "| method | setting | perplexity | published | JSD | top-1 | added MACs | scales | seconds | peak MiB |"
+    assert heads in text
+    links = re.findall(r"\]\((.*?)\)", text)
+    assert len(links) == 2
+    assert all((folder / link).is_file() for link in links)
+    measured = made.rows[2].evaluation
+    assert measured is not None
+    assert f"| 8.56 ({measured.perplexity - 8.56:+.2f}) |" in text
+    with (folder / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[2]["perplexity"]) == measured.perplexity
+    assert [row["scales"] for row in rows] == ["", "dynamic", "dynamic"]
+    assert int(rows[2]["added_macs"]) > int(rows[1]["added_macs"]) == 0
+    assert int(rows[2]["peak_bytes"]) > 2**20
+    latex = (folder / "table.tex").read_text()
+    assert r"method & w4a4kv4-dynamic \\" in latex
+    assert latex.count(r"\textbf") == 1
+    assert "rotated & " in latex
+    assert "(8.56)" in latex
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_cells_are_run_folders(model: Path, tmp_path: Path) -> None:
+    made = make(grid(tmp_path / "out", model, methods=[TRANSFORMED], settings=["w4a16"]))
+    cell = tmp_path / "out" / "cells" / "tiny" / "rotated-w4a16"
+    assert {path.name for path in cell.iterdir()} == {"config.yaml", "environment.json", "metrics.json", "table.md", "plots"}
+    found = json.loads((cell / "metrics.json").read_text())["results"][1]
+    assert found["evaluation"]["perplexity"] == scores(made)["rotated", "w4a16"]
+    alone = experiment.run_experiment(
+        table_cells(load_table(tmp_path / "out.yaml"))[0].config, title="alone", output=tmp_path / "alone", progress=quiet
+    )
+    evaluation = alone.rows[1].evaluation
+    assert evaluation is not None
+    assert evaluation.perplexity == found["evaluation"]["perplexity"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("error", [UserError, RuntimeError])
+def test_a_cell_that_fails_is_reported_and_tried_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    table, folder = grid(tmp_path / "out", model), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        begun = failing(patched, lambda cell: cell == "rtn w4a4kv4-dynamic", error)
+        made = make(table)
+    assert len(begun) == 4
+    (failed,) = made.failed
+    assert (failed.method, failed.evaluation) == ("rtn", None)
+    assert failed.error is not None
+    assert failed.error.endswith("out of luck")
+    text = (folder / "table.md").read_text()
+    assert "failed" in text
+    assert "out of luck" in text
+    traces = list(folder.rglob("*.error.txt"))
+    assert len(traces) == (error is RuntimeError)
+    begun = failing(monkeypatch, lambda cell: False, error)
+    whole = make(table, resume=True)
+    assert begun == ["rtn w4a4kv4-dynamic"]
+    assert whole.failed == []
+    assert {**scores(whole), ("rtn", "w4a4kv4-dynamic"): None} == scores(made)
+    assert not list(folder.rglob("*.error.txt"))
+    assert not list(folder.rglob("checkpoint*"))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_killed_table_goes_on_and_may_grow(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make(grid(tmp_path / "whole", model))
+    table = grid(tmp_path / "out", model, methods=["rtn"])
+    with monkeypatch.context() as patched:
+        failing(patched, lambda cell: cell == "rtn w4a4kv4-dynamic", KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            make(table)
+    assert (tmp_path / "out" / "table.md").read_text().count("| rtn |") == 1
+    with pytest.raises(UserError, match="holds a table; go on with --resume"):
+        make(table)
+    begun = failing(monkeypatch, lambda cell: False, UserError)
+    grown = make(grid(tmp_path / "out", model), resume=True)
+    assert begun == ["rotated w4a16", "rtn w4a4kv4-dynamic", "rotated w4a4kv4-dynamic"]
+    assert scores(grown) == scores(whole)
+    begun.clear()
+    assert scores(make(grid(tmp_path / "out", model), resume=True)) == scores(whole)
+    assert begun == []
+    make(grid(tmp_path / "out", model, methods=["rtn"], settings=["w4a16"]), overwrite=True)
+    assert begun == ["rtn w4a16"]
+    assert len(list((tmp_path / "out" / "cells" / "tiny").glob("*/config.yaml"))) == 1
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_model_that_cannot_be_had(model: Path, tmp_path: Path) -> None:
+    listener = Listener()
+    models = [{"name": "missing", "model": str(tmp_path / "nowhere")}, str(model)]
+    made = make(grid(tmp_path / "out", model, models=models, methods=["rtn"]), progress=listener)
+    assert [(row.model, row.evaluation is None) for row in made.rows] == [
+        ("missing", True), ("missing", True), ("tiny", False), ("tiny", False), ("tiny", False),
+    ]  # fmt: skip
+    assert len(listener.said) == 2
+    assert "nowhere" in listener.said[0]
+    assert "| model | method |" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_what_a_model_cannot_do_fails_before_any_cell_is_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = failing(monkeypatch, lambda cell: False, UserError)
+    impossible = {
+        "name": "wide",
+        "method": "rtn",
+        "overrides": ["quantization.weight={bits: 4, granularity: per_group, group_size: 48}"],
+    }
+    made = make(grid(tmp_path / "out", model, methods=["rtn", impossible], settings=["w4a16"]))
+    assert begun == ["rtn w4a16"]
+    assert [row.method for row in made.failed] == ["wide"]
+    assert "does not divide" in str(made.failed[0].error)
+
+
+def test_mistakes_are_found_before_anything_is_done(model: Path, tmp_path: Path) -> None:
+    def refused(**changes: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            make(grid(tmp_path / "out", model, **changes), resume=changes.pop("resume", False))
+        return str(caught.value)
+
+    message = refused(methods=["rtm", {"name": "x", "method": "rtn", "overrides": ["sed=1"]}], settings=["w4a16", "w44"])
+    for part in ("did you mean 'rtn'?", "did you mean seed?", "'w44' is not a setting"):
+        assert part in message
+    assert "is there twice" in refused(methods=["rtn", {"name": "rtn", "method": "rtn-lp"}])
+    other = {"name": "long", "method": "rtn", "overrides": ["evaluation.windows=3"]}
+    assert "evaluation is another than that of rtn" in refused(methods=["rtn", other])
+    assert "settings" in refused(settings=[])
+    assert "did you mean methods?" in refused(method=["rtn"])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="there is no table in"):
+        make(grid(tmp_path / "out", model), resume=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    assert "holds other files" in refused()
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_table_does_not_mix_cells_of_other_settings(model: Path, tmp_path: Path) -> None:
+    make(grid(tmp_path / "out", model, methods=["rtn"], settings=["w4a16"]))
+    with pytest.raises(UserError, match=r"(?s)cells of other settings.*rtn-w4a16: seed: 0, now 1"):
+        make(grid(tmp_path / "out", model, methods=["rtn"], settings=["w4a16"], overrides=[*SMALL, "seed=1"]), resume=True)
