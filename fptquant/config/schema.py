@@ -294,9 +294,13 @@ class TransformsConfig(StrictModel):
 
 
 class SmoothingConfig(StrictModel):
-    """SmoothQuant: scales of T_n, T_u and a diagonal T_v from the largest activations on the calibration text."""
+    """Scales of T_n, T_u and a diagonal T_v from the activations of the calibration text."""
 
-    alpha: float = Field(default=0.5, ge=0, le=1, description="share of an outlier that moves into the weights")
+    method: Literal["smoothquant", "awq"] = Field(
+        default="smoothquant", description="what is made small: the largest activations, or the error of rounded weights"
+    )
+    alpha: float = Field(default=0.5, ge=0, le=1, description="share of an outlier that moves into the weights (smoothquant)")
+    candidates: int = Field(default=20, ge=2, le=1000, description="exponents of the mean activation that are tried (awq)")
 
 
 class LocalConfig(StrictModel):

@@ -41,6 +41,7 @@ def find_without_effect(config: Config) -> list[WithoutEffect]:
     return [
         *_local(config),
         *_norm_scaling(config),
+        *_smoothing(config),
         *_query_key_hadamard(config),
         *_rotation(config),
         *_weights(quantization),
@@ -88,6 +89,18 @@ def _norm_scaling(config: Config) -> Iterator[WithoutEffect]:
     if config.smoothing is None:
         message = "nothing sets T_n, which does nothing at its start; set smoothing={} or remove it"
         yield from _changed(config.transforms, "transforms", ["norm_scaling"], message, by_label=False)
+
+
+def _smoothing(config: Config) -> Iterator[WithoutEffect]:
+    if config.smoothing is not None:
+        other = "candidates" if config.smoothing.method == "smoothquant" else "alpha"
+        message = f"smoothing.method = {config.smoothing.method} does not read it; remove it"
+        yield from _changed(config.smoothing, "smoothing", [other], message, by_label=False)
+        if config.quantization.weight.bits == 16:
+            message = (
+                "weights stay in full precision, for whose rounding awq looks for scales; set quantization.weight.bits or remove it"
+            )
+            yield from _changed(config.smoothing, "smoothing", ["method"], message, by_label=True)
 
 
 def _query_key_hadamard(config: Config) -> Iterator[WithoutEffect]:

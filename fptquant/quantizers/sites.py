@@ -93,10 +93,15 @@ class QuantizerSpec:
     group_size: int | None = None
     """Channels that share a static range, for all tokens."""
 
+    @property
+    def grid(self) -> IntegerGrid:
+        """The integers that it rounds to."""
+        return IntegerGrid(self.bits, self.symmetric)
+
     def build(self, name: str) -> Quantizer:
         """A new quantizer for the place called ``name``."""
         return Quantizer(
-            IntegerGrid(self.bits, self.symmetric),
+            self.grid,
             self.granularity,
             dynamic=self.dynamic,
             range_method=self.range_method,

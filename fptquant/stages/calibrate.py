@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fptquant.config.labels import AUTO_PREFIX
-from fptquant.config.schema import Config
+from fptquant.config.schema import Config, SmoothingConfig
 from fptquant.data.text import Text, load_text
 from fptquant.data.training import TrainingData
 from fptquant.data.windows import check_window, token_windows
@@ -25,7 +25,9 @@ from fptquant.models.instrument import check_instrument, instrument_for, load_ra
 from fptquant.models.loading import check_finite_weights
 from fptquant.models.prefix import compute_prefix_
 from fptquant.models.saving import save_calibrated
+from fptquant.quantizers.sites import weight_spec
 from fptquant.reports.progress import Progress
+from fptquant.stages.awq import find_scales_
 from fptquant.stages.distributed import is_main, on_main
 from fptquant.stages.find_prefix import check_prefix, resolve_prefix, with_prefix
 from fptquant.stages.fuse_norms import fuse_norms_
@@ -171,16 +173,7 @@ def _transform_(
             rotate_residual_(model, rotation, progress)
     if config.smoothing is not None and earlier is None:
         with stage("smoothing"):
-            quantization = config.quantization
-            report["smoothing"] = smooth_(
-                model,
-                transforms,
-                windows,
-                alpha=config.smoothing.alpha,
-                prefix=quantization.prefix if isinstance(quantization.prefix, list) else (),
-                left_out=quantization.full_precision_tokens,
-                progress=progress,
-            )
+            report["smoothing"] = _smooth_(model, transforms, config, config.smoothing, windows, progress)
     scale_norms_(model, transforms)
     if config.local.method != "none" and earlier is None:
         with stage("local optimization"):
@@ -200,6 +193,28 @@ def _transform_(
         with stage("merge the transforms"):
             merge_blocks_(model, transforms, progress=progress)
     return transforms, report
+
+
+def _smooth_(
+    model: PreTrainedModel,
+    transforms: ModelTransforms,
+    config: Config,
+    settings: SmoothingConfig,
+    windows: Tensor,
+    progress: ProgressCallback,
+) -> dict[str, Any]:
+    quantization = config.quantization
+    prefix = quantization.prefix if isinstance(quantization.prefix, list) else ()
+    weight = weight_spec(quantization)
+    if settings.method == "awq":
+        if weight is None:
+            return {}
+        grid, granularity, candidates = weight.grid, weight.granularity, settings.candidates
+        return find_scales_(
+            model, transforms, windows, grid=grid, granularity=granularity, candidates=candidates, prefix=prefix, progress=progress
+        )
+    left_out = quantization.full_precision_tokens
+    return smooth_(model, transforms, windows, alpha=settings.alpha, prefix=prefix, left_out=left_out, progress=progress)
 
 
 def calibrate(

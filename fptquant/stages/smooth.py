@@ -23,7 +23,8 @@ from fptquant.models.adapter import BlockView, view_model
 from fptquant.stages.fuse_norms import NORM_READERS
 from fptquant.stages.merge_transforms import check_block_count
 from fptquant.stages.progress import Progress, quiet
-from fptquant.transforms import BlockTransforms, ModelTransforms
+from fptquant.transforms import BlockTransforms, ModelTransforms, Transform, ValueMixing
+from fptquant.transforms.channel_scaling import ChannelScaling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,19 +122,39 @@ def _set_scales_(block: BlockView, transforms: BlockTransforms, activations: dic
     T_v and T_u come first: they scale rows of v_proj and up_proj, and with them the columns that T_n looks at.
     """
     scales: dict[str, Tensor] = {}
-    mixing = transforms.value_mixing
-    if mixing is not None:
-        shape = (mixing.num_kv_heads, -1, mixing.head_dim)  # heads that share a value head lie next to each other
-        largest = (activations["o_proj"], _largest_columns(block, transforms, "o_proj"))
-        activation, weight = (values.reshape(shape).amax(1) for values in largest)
-        scales[mixing.name] = scale = _scales(activation, weight, alpha)
-        mixing.set_matrix_(torch.diag_embed(1 / scale.double()))
-    places = {"down_proj": transforms.up_scaling, "q_proj": transforms.attn_in_scaling, "gate_proj": transforms.mlp_in_scaling}
-    for name, transform in places.items():
-        if transform is not None:
-            scales[transform.name] = scale = _scales(activations[name], _largest_columns(block, transforms, name), alpha)
-            transform.log_scale.copy_(-scale.log())
+    for name, transform in scaled_places(transforms).items():
+        activation, weight = (
+            heads_of(transform, largest).amax(1) for largest in (activations[name], _largest_columns(block, transforms, name))
+        )
+        scales[transform.name] = scale = _scales(activation, weight, alpha)
+        set_scale_(transform, scale)
     return scales
+
+
+def scaled_places(transforms: BlockTransforms) -> dict[str, Transform]:
+    """The transforms in use that can scale what a place's linears read, by the first of these."""
+    places = {
+        "o_proj": transforms.value_mixing,
+        "down_proj": transforms.up_scaling,
+        "q_proj": transforms.attn_in_scaling,
+        "gate_proj": transforms.mlp_in_scaling,
+    }
+    return {name: transform for name, transform in places.items() if transform is not None}
+
+
+def heads_of(transform: Transform, channels: Tensor) -> Tensor:
+    """Values of channels [columns] as [value heads, heads that share one, head_dim]; [1, 1, columns] where there are no heads."""
+    if isinstance(transform, ValueMixing):  # heads that share a value head lie next to each other
+        return channels.reshape(transform.num_kv_heads, -1, transform.head_dim)
+    return channels[None, None]
+
+
+def set_scale_(transform: Transform, scale: Tensor) -> None:
+    """Makes a transform divide the channels by ``scale``, [value heads, head_dim] or [1, columns]."""
+    if isinstance(transform, ValueMixing):
+        transform.set_matrix_(torch.diag_embed(1 / scale.double()))
+    elif isinstance(transform, ChannelScaling):
+        transform.log_scale.copy_(-scale[0].log())
 
 
 def _largest_columns(block: BlockView, transforms: BlockTransforms, name: str) -> Tensor:

@@ -25,9 +25,9 @@ ALL = TransformOptions(norm_scaling=True, value_mixing="identity", up_scaling=Tr
 WINDOWS = token_ids(3, 20, seed=4)
 
 
-def model_of(architecture: str = "LlamaForCausalLM", *, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+def model_of(architecture: str = "LlamaForCausalLM", *, dtype: torch.dtype = torch.float64, **options: Any) -> PreTrainedModel:
     """With one loud channel of each norm, as outliers of activations are."""
-    model = tiny_model(architecture, dtype=dtype, **architecture_options(architecture))
+    model = tiny_model(architecture, dtype=dtype, **architecture_options(architecture), **options)
     widen_norms_(model)
     for block in view_model(model).blocks:
         for norm in (block.input_norm, block.post_norm):
