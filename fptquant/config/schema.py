@@ -265,6 +265,10 @@ class DownHadamardConfig(StrictModel):
     block_size: int | None = Field(default=None, ge=1, description="null: the whole intermediate size")
 
 
+class OutHadamardConfig(StrictModel):
+    """T_o: an online Hadamard transform across the heads, on the input of the output projection."""
+
+
 class QueryKeyHadamardConfig(StrictModel):
     """T_h: an online Hadamard transform of queries and keys after RoPE, for caches of few bits."""
 
@@ -285,6 +289,7 @@ class TransformsConfig(StrictModel):
     residual_rotation: Annotated[ResidualRotationConfig | None, BeforeValidator(_switch)] = None
     down_hadamard: Annotated[DownHadamardConfig | None, BeforeValidator(_switch)] = None
     residual_scaling: Annotated[ResidualScalingConfig | None, BeforeValidator(_switch)] = None
+    out_hadamard: Annotated[OutHadamardConfig | None, BeforeValidator(_switch)] = None
     query_key_hadamard: Annotated[QueryKeyHadamardConfig | None, BeforeValidator(_switch)] = None
 
     @property

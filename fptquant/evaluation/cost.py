@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fptquant.config.schema import Config
 from fptquant.models.adapter import view_model
 from fptquant.ops.hadamard import hadamard_additions
+from fptquant.transforms.out_hadamard import mixed_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,8 +40,9 @@ class RuntimeCost:
 def runtime_cost(model: PreTrainedModel, config: Config) -> RuntimeCost:
     """Counts what a config leaves to do at run time on a model of this size; transforms that merge cost nothing.
 
-    T_d: a Hadamard transform of the down projection's input; T_h: one of every head of queries and keys; S_n: 1 / running_scale
-    times the branch, and the residual kept normalized; a prefix: products of queries with its keys, and of weights with its values.
+    T_d: a Hadamard transform of the down projection's input; T_o: one across the heads of the output projection's; T_h: one of
+    every head of queries and keys; S_n: 1 / running_scale times the branch; a prefix: products of queries with its keys, and of
+    weights with its values.
     Dynamic ranges are named, not counted: each asks for the extremes of a token, whose cost is waiting rather than arithmetic.
 
     Args:
@@ -53,6 +55,8 @@ def runtime_cost(model: PreTrainedModel, config: Config) -> RuntimeCost:
     if transforms.down_hadamard is not None:
         block = transforms.down_hadamard.block_size or view.intermediate_size
         added["T_d"] = view.intermediate_size * hadamard_additions(block)
+    if transforms.out_hadamard is not None:
+        added["T_o"] = heads * hadamard_additions(mixed_size(view.num_heads, view.head_dim))
     if transforms.query_key_hadamard is not None:
         added["T_h"] = (heads + keys) * hadamard_additions(view.head_dim)
     if transforms.residual_scaling is not None:

@@ -6,10 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from fptquant import ops
 from fptquant.errors import UserError
 from fptquant.models.adapter import LINEAR_NAMES, BlockView, ModelView, view_model
 from fptquant.models.attention import ATTENTION_NAME
@@ -31,7 +29,7 @@ from fptquant.quantizers.sites import (
     point_specs,
     weight_spec,
 )
-from fptquant.transforms import TransformOptions
+from fptquant.transforms import DownHadamard, OutHadamard, TransformOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,6 +55,7 @@ def instrument(
     residual_scaling: Literal["input", "output"] | None = None,
     down_hadamard: bool = False,
     down_hadamard_block: int | None = None,
+    out_hadamard: bool = False,
     query_key_hadamard: bool = False,
 ) -> dict[str, Quantizer]:
     """Prepares a model for simulated quantization; returns its new quantizers by name, all in mode ``off``.
@@ -71,15 +70,17 @@ def instrument(
         residual_scaling: where S_n divides by the running scale, or None without S_n.
         down_hadamard: transform the input of ``down_proj`` online (its weight must hold the inverse already).
         down_hadamard_block: block size of that transform; None for the whole ``intermediate_size``.
+        out_hadamard: mix the heads of the input of ``o_proj`` online (its weight must hold the inverse already).
         query_key_hadamard: transform queries and keys after RoPE.
 
     Errors: UserError for an unsupported architecture, a model that was prepared before, an impossible block or group
         size, an unknown site; nothing has been changed then.
     """
-    check_instrument(model, quantization, down_hadamard=down_hadamard, down_hadamard_block=down_hadamard_block)
+    check_instrument(model, quantization)
     view = view_model(model)
+    mixing = DownHadamard(view.intermediate_size, down_hadamard_block) if down_hadamard else None
+    across = OutHadamard(view.num_heads, view.head_dim) if out_hadamard else None
     specs, weight = point_specs(quantization, view.head_dim), weight_spec(quantization)
-    block_size = (down_hadamard_block or view.intermediate_size) if down_hadamard else None
     context = ForwardContext()
     context.query_key_hadamard = query_key_hadamard
     if residual_scaling is not None:  # first: hooks of quantizers belong on the norms that stay
@@ -92,7 +93,7 @@ def instrument(
         assert isinstance(o_proj, QuantizedLinear)
         assert isinstance(down_proj, QuantizedLinear)
         o_proj.scaled = down_proj.scaled = residual_scaling
-        down_proj.hadamard_block = block_size
+        o_proj.online, down_proj.online = across, mixing
     if residual_scaling is not None or RESIDUAL_POINTS & specs.keys():
         _replace_layers(view, specs, context)
     for name, part in (("embedding_out", view.embedding), ("final_norm_out", view.final_norm)):
@@ -116,17 +117,12 @@ def instrument_for(model: PreTrainedModel, config: Config) -> None:
         residual_scaling=options.residual_scaling,
         down_hadamard=options.down_hadamard,
         down_hadamard_block=options.down_hadamard_block,
+        out_hadamard=options.out_hadamard,
         query_key_hadamard=options.query_key_hadamard,
     )
 
 
-def check_instrument(
-    model: PreTrainedModel,
-    quantization: QuantizationConfig,
-    *,
-    down_hadamard: bool = False,
-    down_hadamard_block: int | None = None,
-) -> None:
+def check_instrument(model: PreTrainedModel, quantization: QuantizationConfig) -> None:
     """Finds what `instrument` would refuse, before any work is done.
 
     Raises:
@@ -139,8 +135,6 @@ def check_instrument(
     if quantization.prefix is not None:
         check_prefix_model(model)
     weight = weight_spec(quantization)
-    if down_hadamard:  # its error names the sizes that are possible
-        ops.hadamard(torch.zeros(1, view.intermediate_size), block_size=down_hadamard_block)
     if weight is not None and isinstance(weight.granularity, PerGroup):
         size = weight.granularity.group_size
         for name, linear in view.blocks[0].linears():

@@ -1,4 +1,4 @@
-"""A linear layer with quantizers, an optional online Hadamard transform and the per-token scale of S_n."""
+"""A linear layer with quantizers, an optional online transform and the per-token scale of S_n."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fptquant import ops
 from fptquant.models.context import ForwardContext
 from fptquant.models.merging import Merging
 from fptquant.quantizers.quantizer import Quantizer
+from fptquant.transforms.base import Transform
 
 
 class QuantizedLinear(nn.Linear):
-    """Takes over weight and bias of a linear layer: y = Q_out(Q_weight(W) Q_in(H x) + b).
+    """Takes over weight and bias of a linear layer: y = Q_out(Q_weight(W) Q_in(T x) + b).
 
     While transforms are trained (``merging``) W and b are those before merging, and are merged anew in every pass.
 
     With S_n (``scaled``) the whole row of a token is divided by its running scale sigma, so that the branch can be
-    added to the normalized residual. On the ``input``: W Q_in(H x / sigma) + b / sigma, and the quantizer sees massive
-    tokens at the range of the others. On the ``output``: (W Q_in(H x) + b) / sigma, before Q_out. Both are the same
+    added to the normalized residual. On the ``input``: W Q_in(T x / sigma) + b / sigma, and the quantizer sees massive
+    tokens at the range of the others. On the ``output``: (W Q_in(T x) + b) / sigma, before Q_out. Both are the same
     function.
 
     Shape: x [B, T, in_features]; sigma [B, T, 1] from the context; returns [B, T, out_features].
@@ -37,8 +37,8 @@ class QuantizedLinear(nn.Linear):
         self.train(linear.training)
         self.context = context
         self.scaled: Literal["input", "output"] | None = None
-        self.hadamard_block: int | None = None
-        """Block size of the online Hadamard transform on the input; None for no transform."""
+        self.online: Transform | None = None
+        """What transforms the input at run time (T_d, T_o); the weight holds the inverse."""
         self.input_quantizer = None
         self.weight_quantizer = None
         self.output_quantizer = None
@@ -72,8 +72,8 @@ class QuantizedLinear(nn.Linear):
         inverse = self.context.inverse_scale(x) if self.scaled == "input" else None
         if inverse is not None:
             x = (x * inverse).to(x.dtype)
-        if self.hadamard_block is not None and not self._untransformed:
-            x = ops.hadamard(x, block_size=self.hadamard_block)
+        if self.online is not None and not self._untransformed:
+            x = self.online(x)
         if self.input_quantizer is not None:
             x = self.input_quantizer(x, self.context.kept_tokens(x, self.input_quantizer.full_precision_tokens))
         return x
@@ -98,6 +98,4 @@ class QuantizedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         extra = super().extra_repr()
-        if self.hadamard_block is not None:
-            extra += f", hadamard_block={self.hadamard_block}"
         return extra if self.scaled is None else f"{extra}, scaled={self.scaled}"

@@ -86,14 +86,8 @@ def check_model(model: PreTrainedModel, config: Config) -> None:
         UserError: if the architecture is not supported, a transform does not preserve the model's function, a Hadamard or
             group size is impossible, or the model is calibrated already.
     """
-    options = TransformOptions.of(config.transforms)
-    check_transforms(model_sizes(view_model(model)), options)
-    check_instrument(
-        model,
-        config.quantization,
-        down_hadamard=options.down_hadamard,
-        down_hadamard_block=options.down_hadamard_block,
-    )
+    check_transforms(model_sizes(view_model(model)), TransformOptions.of(config.transforms))
+    check_instrument(model, config.quantization)
 
 
 def needs_calibration_text(config: Config) -> bool:

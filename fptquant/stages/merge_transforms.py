@@ -24,6 +24,7 @@ BLOCK_SIDES: dict[str, dict[str, str]] = {
     "value_mixing": {"v_proj": "value", "o_proj": "output"},
     "up_scaling": {"up_proj": "up", "down_proj": "down"},
     "down_hadamard": {"down_proj": "down"},
+    "out_hadamard": {"o_proj": "out"},
     "residual_rotation": {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "read"),
         **dict.fromkeys(("o_proj", "down_proj"), "write"),

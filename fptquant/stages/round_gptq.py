@@ -71,7 +71,7 @@ class _Rounder:
 
     def _factor(self, linear: QuantizedLinear, x: Tensor, name: str) -> Factor:
         """Of the inputs as they meet the weight, or that of the last linear if it read the same."""
-        changed = linear.input_quantizer is not None or linear.hadamard_block is not None or linear.scaled is not None
+        changed = linear.input_quantizer is not None or linear.online is not None or linear.scaled is not None
         if self._last is not None and self._last[0] is x and not changed:
             return self._last[1]
         self._last = None

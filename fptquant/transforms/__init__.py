@@ -11,6 +11,7 @@ from fptquant.transforms.order import (
     build_transforms,
     check_transforms,
 )
+from fptquant.transforms.out_hadamard import OutHadamard
 from fptquant.transforms.query_key_hadamard import QueryKeyHadamard
 from fptquant.transforms.query_key_rotation import QueryKeyRotation
 from fptquant.transforms.residual_rotation import ResidualRotation
@@ -26,6 +27,7 @@ __all__ = [
     "ModelSizes",
     "ModelTransforms",
     "NormScaling",
+    "OutHadamard",
     "QueryKeyHadamard",
     "QueryKeyRotation",
     "ResidualRotation",

@@ -1,8 +1,9 @@
 """The transforms of a whole model, and the order in which they apply.
 
-Order of merging: T_r (rows and columns of every weight turn), then T_n, T_k, T_v, T_u of each block, T_d last: the down
+Order of merging: T_r (rows and columns of every weight turn), then T_n, T_k, T_v, T_u of each block, T_d and T_o last: the down
 projection's columns are divided by T_u's scales first and transformed by T_d then, because at run time T_d acts on the
-scaled activation. S_n and T_h act at run time only. Local optimization looks at the weights after T_r and before T_d.
+scaled activation; so it is with the output projection, T_v and T_o. S_n and T_h act at run time only. Local optimization looks at
+the weights after T_r and before T_d and T_o.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fptquant.errors import UserError
 from fptquant.transforms.base import Start, Transform
 from fptquant.transforms.down_hadamard import DownHadamard
 from fptquant.transforms.norm_scaling import AttentionInputScaling, MLPInputScaling, NormScaling
+from fptquant.transforms.out_hadamard import OutHadamard
 from fptquant.transforms.query_key_hadamard import QueryKeyHadamard
 from fptquant.transforms.query_key_rotation import QueryKeyRotation
 from fptquant.transforms.residual_rotation import ResidualRotation
@@ -28,7 +30,9 @@ from fptquant.transforms.value_mixing import Constraint, ValueMixing
 if TYPE_CHECKING:
     from fptquant.config.schema import TransformsConfig
 
-BLOCK_ORDER = ("attn_in_scaling", "mlp_in_scaling", "query_key_rotation", "value_mixing", "up_scaling", "down_hadamard")
+BLOCK_ORDER = (
+    "attn_in_scaling", "mlp_in_scaling", "query_key_rotation", "value_mixing", "up_scaling", "down_hadamard", "out_hadamard",
+)  # fmt: skip
 """Transforms of a block, in the order in which they are merged."""
 
 
@@ -59,6 +63,7 @@ class TransformOptions:
     down_hadamard: bool = False
     down_hadamard_block: int | None = None
     residual_scaling: Where | None = None
+    out_hadamard: bool = False
     query_key_hadamard: bool = False
 
     @classmethod
@@ -74,6 +79,7 @@ class TransformOptions:
             down_hadamard=used.down_hadamard is not None,
             down_hadamard_block=used.down_hadamard.block_size if used.down_hadamard else None,
             residual_scaling=used.residual_scaling.where if used.residual_scaling else None,
+            out_hadamard=used.out_hadamard is not None,
             query_key_hadamard=used.query_key_hadamard is not None,
         )
 
@@ -89,6 +95,7 @@ class BlockTransforms(nn.Module):
         down_hadamard: DownHadamard | None = None,
         attn_in_scaling: AttentionInputScaling | None = None,
         mlp_in_scaling: MLPInputScaling | None = None,
+        out_hadamard: OutHadamard | None = None,
     ) -> None:
         super().__init__()
         self.attn_in_scaling = attn_in_scaling
@@ -97,6 +104,7 @@ class BlockTransforms(nn.Module):
         self.value_mixing = value_mixing
         self.up_scaling = up_scaling
         self.down_hadamard = down_hadamard
+        self.out_hadamard = out_hadamard
 
     def used(self) -> Iterator[Transform]:
         """The transforms in use, in the order of merging."""
@@ -177,6 +185,8 @@ def check_transforms(sizes: ModelSizes, options: TransformOptions) -> None:
         )
     if options.down_hadamard:
         DownHadamard(sizes.intermediate_size, options.down_hadamard_block)
+    if options.out_hadamard:
+        OutHadamard(sizes.num_heads, sizes.head_dim)
     if options.query_key_hadamard:
         QueryKeyHadamard(sizes.head_dim)
     if options.residual_rotation is not None:
@@ -217,6 +227,7 @@ def build_transforms(sizes: ModelSizes, options: TransformOptions, *, seed: int 
             DownHadamard(sizes.intermediate_size, options.down_hadamard_block) if options.down_hadamard else None,
             AttentionInputScaling(sizes.hidden_size) if options.norm_scaling else None,
             MLPInputScaling(sizes.hidden_size) if options.norm_scaling else None,
+            OutHadamard(sizes.num_heads, sizes.head_dim) if options.out_hadamard else None,
         )
         for index in range(sizes.num_layers)
     ]

@@ -31,12 +31,17 @@ def test_what_is_left_to_do_at_run_time() -> None:
     hidden, wide, layers = settings.hidden_size, settings.intermediate_size, settings.num_hidden_layers
     heads, keys = (count * settings.head_dim for count in (settings.num_attention_heads, settings.num_key_value_heads))
     config = load_config(
-        "fptquant-local", "quantization=w4a4kv4-static", "quantization.prefix=[5, 7]", "transforms.query_key_hadamard={}"
+        "fptquant-local",
+        "quantization=w4a4kv4-static",
+        "quantization.prefix=[5, 7]",
+        "transforms.query_key_hadamard={}",
+        "transforms.out_hadamard={}",
     )
     cost = runtime_cost(model, config)
     assert cost.added == {
         "T_d": layers * wide * hadamard_additions(wide),
         "T_h": layers * (heads + keys) * hadamard_additions(settings.head_dim),
+        "T_o": layers * heads * hadamard_additions(settings.num_attention_heads),
         "S_n": layers * (heads + wide),
         "prefix": layers * 2 * 2 * heads,
     }

@@ -14,6 +14,7 @@ from fptquant.models.adapter import view_model
 from fptquant.models.instrument import instrument
 from fptquant.stages.merge_transforms import merge_transforms_, model_sizes
 from fptquant.transforms import TransformOptions, build_transforms
+from fptquant.transforms.residual_scaling import Where
 from tests.models.tiny import ARCHITECTURES, tiny_model
 from tests.stages.transformed import SIZES, act_online, fused_model, logits, random_transforms, relative_error
 
@@ -119,12 +120,13 @@ def test_down_hadamard_online_undoes_what_is_merged(architecture: str, block_siz
 
 @pytest.mark.parametrize("architecture", ALL_ARCHITECTURES)
 @pytest.mark.parametrize("where", ["input", "output"])
-def test_all_seven_in_an_instrumented_model(architecture: str, where: str) -> None:
+def test_all_of_them_in_an_instrumented_model(architecture: str, where: str) -> None:
     model = fused_model(architecture)
     before = logits(model)
-    options = replace(everything(architecture), down_hadamard=True, residual_scaling="input" if where == "input" else "output")
+    scaling: Where = "input" if where == "input" else "output"
+    options = replace(everything(architecture), down_hadamard=True, out_hadamard=True, residual_scaling=scaling)
     merge_transforms_(model, random_transforms(model, options))
-    instrument(model, QuantizationConfig(), residual_scaling=options.residual_scaling, down_hadamard=True)
+    instrument(model, QuantizationConfig(), residual_scaling=scaling, down_hadamard=True, out_hadamard=True)
     assert relative_error(logits(model), before) < BOUNDS[torch.float64]
 
 

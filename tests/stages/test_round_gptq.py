@@ -25,7 +25,7 @@ from tests.quantizers.obq import obq
 
 WINDOWS = token_ids(5, 24, seed=5)
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-FULL: dict[str, Any] = {"residual_scaling": "input", "down_hadamard": True, "down_hadamard_block": 4}
+FULL: dict[str, Any] = {"residual_scaling": "input", "down_hadamard": True, "down_hadamard_block": 4, "out_hadamard": True}
 
 
 def prepared(

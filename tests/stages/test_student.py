@@ -26,6 +26,7 @@ EVERYTHING = {
         value_mixing="hadamard",
         up_scaling=True,
         down_hadamard=True,
+        out_hadamard=True,
         residual_scaling="input",
     )
     for architecture in ARCHITECTURES
@@ -52,7 +53,7 @@ def make(
     if not spread:
         for parameter in transforms.parameters():
             parameter.data.zero_()
-    instrument(model, quantization, residual_scaling="input", down_hadamard=True)
+    instrument(model, quantization, residual_scaling="input", down_hadamard=True, out_hadamard=True)
     attach_transforms_(model, transforms)
     if isinstance(quantization.prefix, list):
         compute_prefix_(model, quantization.prefix)
