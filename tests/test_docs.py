@@ -160,7 +160,7 @@ def check_fptquant(arguments: list[str]) -> None:
         else:
             words.append(word)
     placeholders = any(word.isupper() or "KEY=" in word or "..." in word for word in words)
-    if arguments[0] == "table" and not placeholders:
+    if arguments[0] == "table" and words and not placeholders:
         table_cells(load_table(*words))
     elif arguments[0] in ("show", "validate", "run") and words and not placeholders and words[0] != "my.yaml":
         fq.load_config(*words)
