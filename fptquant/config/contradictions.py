@@ -208,7 +208,7 @@ def _training(config: Config) -> Iterator[Contradiction]:
     there = {
         **{name: getattr(config.transforms, name) is not None for name in ("query_key_rotation", "value_mixing", "up_scaling")},
         "residual_rotation": config.norm_gains == "fused",
-        "weight_range": quantization.has_static_range("weight"),
+        "weight_range": quantization.has_static_range("weight") and config.training.weights == "quantized",
         "activation_range": quantization.has_static_range("activation"),
         "kv_cache_range": quantization.has_static_range("kv_cache"),
     }

@@ -354,6 +354,9 @@ class TrainingConfig(StrictModel):
     clip_norm: float | None = Field(default=1.0, gt=0, description="largest norm of the gradients together; null: any")
     activation_checkpointing: bool = False
     autocast: Literal["none", "bfloat16"] = "none"
+    weights: Literal["quantized", "full_precision"] = Field(
+        default="quantized", description="what the student's linears compute with; ranges of the latter are set after training"
+    )
     shard_weights: bool | None = Field(
         default=None, description="spread frozen weights over the processes of torchrun; null: on GPUs only"
     )

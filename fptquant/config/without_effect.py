@@ -181,6 +181,12 @@ def _training(config: Config) -> Iterator[WithoutEffect]:
     if training.objective in ("cross_entropy", "hidden_mse"):
         message = f"the objective {training.objective} has no temperature; remove it"
         yield from _changed(training, "training", ["temperature"], message, by_label=False)
+    if config.quantization.weight.bits == 16:
+        message = "weights are in full precision anyway; remove it, or set quantization.weight.bits"
+        yield from _changed(training, "training", ["weights"], message, by_label=True)
+    elif training.weights == "full_precision" and training.lr.weight_range is not None:
+        message = "training.weights = full_precision, whose ranges are set after training; remove one of the two"
+        yield from _changed(training.lr, rates, ["weight_range"], message, by_label=False)
     for name in ("query_key_rotation", "value_mixing", "up_scaling"):
         if getattr(config.transforms, name) is None and getattr(training.lr, name) is not None:
             message = f"transforms.{name} is not used; set transforms.{name}={{}} or remove it"

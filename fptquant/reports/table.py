@@ -24,7 +24,7 @@ class Row:
     method: str
     setting: str
     evaluation: Evaluation | None
-    """None where the run failed."""
+    """None where the run failed, or a paper alone has measured."""
     seconds: float | None
     """Calibration and evaluation together."""
     cost: RuntimeCost | None = None
@@ -74,7 +74,12 @@ class _Column:
 
 
 def _of_evaluation(show: Callable[[Evaluation], str]) -> Callable[[Row], str]:
-    return lambda row: "failed" if row.evaluation is None else show(row.evaluation)
+    def text(row: Row) -> str:
+        if row.evaluation is None:
+            return "failed" if row.error is not None else "-"
+        return show(row.evaluation)
+
+    return text
 
 
 def _optional(value: float | None, show: Callable[[float], str]) -> str:

@@ -145,7 +145,7 @@ class Student(nn.Module):
     def _collect_ranges(self) -> None:
         for name, quantizer in iter_quantizers(self.model):
             group = f"{kind_of(name)}_range"
-            if quantizer.dynamic or getattr(self.settings.lr, group) is None:
+            if quantizer.dynamic or quantizer.mode == "off" or getattr(self.settings.lr, group) is None:
                 continue
             trained = TrainedRange(quantizer)
             self.ranges[name.replace(".", "_")] = trained

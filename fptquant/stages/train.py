@@ -10,8 +10,10 @@ from fptquant.data.text import load_text
 from fptquant.data.training import TrainingData, training_windows
 from fptquant.data.windows import check_window
 from fptquant.errors import UserError
+from fptquant.models.instrument import set_modes
 from fptquant.stages.parallel import over_processes
 from fptquant.stages.progress import Progress, quiet
+from fptquant.stages.set_ranges import set_weight_ranges_
 from fptquant.stages.student import Student
 from fptquant.stages.train_end_to_end import check_settings, train_end_to_end_
 from fptquant.transforms import ModelTransforms, ValueMixing
@@ -85,7 +87,8 @@ def train_(
 ) -> dict[str, Any]:
     """Trains transforms and ranges of an instrumented model end to end, and merges the best state; returns the report.
 
-    The ranges are set and on, the transforms attached (`fptquant.stages.student.attach_transforms_`).
+    The ranges are set and on, the transforms attached (`fptquant.stages.student.attach_transforms_`). Where weights are in full
+    precision meanwhile, their ranges are set at the end, from the merged ones.
 
     Args:
         weights: as in `fingerprint`.
@@ -95,6 +98,8 @@ def train_(
         UserError: if nothing is left to train, or as `train_end_to_end_`.
     """
     assert config.training is not None
+    if config.training.weights == "full_precision":
+        set_modes(model, "off", "weight")
     student = Student(model, transforms, config.training)
     if not student.parameter_groups():
         raise UserError(
@@ -115,6 +120,8 @@ def train_(
             forward=forward,
         )
     student.finish_()
+    if config.training.weights == "full_precision":
+        set_weight_ranges_(model, progress=progress)
     mixings = [module for module in transforms.modules() if isinstance(module, ValueMixing)]
     return {
         **report.as_dict(),

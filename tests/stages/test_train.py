@@ -1,0 +1,76 @@
+"""Training as a stage of the pipeline: with weights in full precision, whose ranges are set from what it leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fptquant as fq
+from fptquant.errors import UserError
+from fptquant.models.quantized_linear import QuantizedLinear
+from fptquant.stages.calibrate import CalibrationResult
+from fptquant.stages.progress import quiet
+from tests.models.tiny import tiny_model
+from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:the held-out divergence", "ignore:training did not lower", "ignore:the held-out loss"
+)
+SHORT = (
+    "training.steps=3", "training.window=32", "training.text=topics", "training.held_out_windows=1", "training.evaluate_every=1",
+    "evaluation.window=32", "calibration.windows=2", "calibration.window=32", "quantization.prefix=null",
+)  # fmt: skip
+
+
+def calibrate(*overrides: str, folder: Path | None = None) -> CalibrationResult:
+    model = tiny_model("LlamaForCausalLM", vocab_size=VOCABULARY)
+    config = fq.load_config("spinquant", *SHORT, *overrides)
+    return fq.calibrate(model, tiny_tokenizer(), config, folder=folder, progress=quiet)
+
+
+def test_rotations_are_learned_with_weights_in_full_precision_and_ranges_set_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[bool] = set()
+    forward = QuantizedLinear.quantized_weight
+
+    def look(self: QuantizedLinear) -> torch.Tensor:
+        weight = forward(self)
+        if self.merging is not None and not self.context.full_precision:
+            seen.add(bool(len(weight.detach()[0].unique()) <= 16))
+        return weight
+
+    with monkeypatch.context() as patched:
+        patched.setattr(QuantizedLinear, "quantized_weight", look)
+        result = calibrate()
+    assert seen == {False}
+    linears = [module for module in result.model.modules() if isinstance(module, QuantizedLinear)]
+    for linear in linears:
+        quantizer = linear.weight_quantizer
+        assert quantizer is not None
+        assert quantizer.mode == "on"
+        assert quantizer.scale is not None
+        found = quantizer.scale.clone()
+        quantizer.set_range_from(linear.weight)
+        assert torch.equal(quantizer.scale, found)
+        assert len(linear.quantized_weight()[0].unique()) <= 16
+    assert result.metrics["training"]["largest_condition_number"] == pytest.approx(1, abs=1e-4)
+
+
+def test_it_differs_from_training_with_quantized_weights_and_gptq_may_follow() -> None:
+    weights = {
+        kind: calibrate(f"training.weights={kind}", "training.lr.weight_range=null").model.state_dict()
+        for kind in ("full_precision", "quantized")
+    }
+    name = "model.layers.0.mlp.gate_proj.weight"
+    assert not torch.equal(weights["full_precision"][name], weights["quantized"][name])
+    rounded = calibrate("rounding={method: gptq, text: topics, windows: 2, window: 32}").model
+    linears = [module for module in rounded.modules() if isinstance(module, QuantizedLinear)]
+    assert all(torch.equal(linear.quantized_weight(), linear.weight) for linear in linears)
+
+
+def test_a_rate_for_ranges_that_are_not_trained_is_refused() -> None:
+    with pytest.raises(UserError, match=r"training\.lr\.weight_range: has no effect: training\.weights = full_precision"):
+        fq.load_config("spinquant", "training.lr.weight_range=0.01")
+    with pytest.raises(UserError, match=r"training\.weights: has no effect"):
+        fq.load_config("fptquant", "quantization=w16a8", "training.weights=full_precision")
