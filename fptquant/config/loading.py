@@ -245,7 +245,7 @@ def load_config(path_or_name: str | Path, *overrides: str, several: bool = False
 
 def load_yaml_config(schema: type[_Schema], path_or_name: str | Path, *overrides: str) -> _Schema:
     """What a YAML file of another schema than `Config` says, with overrides; errors as in `load_config`."""
-    data, problems = _apply_overrides(read_yaml(find_config(path_or_name)), overrides)
+    data, problems = _apply_overrides(read_recipe(find_config(path_or_name)), overrides)
     config, found = _validate(schema, data)
     if config is None or problems:
         raise _problems_error(str(path_or_name), problems + found)

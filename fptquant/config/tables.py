@@ -76,7 +76,7 @@ class TableConfig(StrictModel):
     def published_perplexity(self, model: str, method: str, setting: str | None) -> float | None:
         """What a paper prints for this cell."""
         for value in self.published:
-            if (value.model, value.method) == (model, method) and value.setting in (setting, None):
+            if (value.model, value.method, value.setting) == (model, method, setting):
                 return value.perplexity
         return None
 
@@ -125,6 +125,9 @@ def table_cells(table: TableConfig) -> list[Cell]:
                     problems.append(f"{method.name}, {setting}, {model.name}: {error}")
                 else:
                     cells.append(Cell(model, setting, config))
+    names = [model.name for model in table.models]
+    strange = {value.model for value in table.published} - set(names)
+    problems += [f"published: {name} is none of the models {', '.join(names)}" for name in sorted(strange)]
     if not problems:
         problems = [*_repeated(cells), *_apart(cells)]
     if problems:

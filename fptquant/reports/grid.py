@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fptquant.config.loading import dump_config
-from fptquant.config.tables import FULL_PRECISION, Cell, TableConfig, model_folder
+from fptquant.config.tables import FULL_PRECISION, Cell, TableConfig, TableModel, model_folder
 from fptquant.diagnostics import diagnostics
 from fptquant.errors import ProcessLost, UserError
 from fptquant.files import replace_file
@@ -95,26 +95,36 @@ class _Grid:
         return (self.folder / cell.folder / RUN_MARKER).is_file()
 
     def rows(self) -> list[Row]:
-        """A row for every cell that is finished or has failed, those of full precision before them."""
+        """For every model full precision, each cell that is finished or has failed, and what papers alone have measured."""
         found: list[Row] = []
-        model = None
-        for cell in self.cells:
-            baseline = self.folder / model_folder(cell.model) / BASELINE
-            if cell.model.name != model and baseline.is_file():
-                found.append(self._complete(Row.from_dict(json.loads(baseline.read_text(encoding="utf-8"))), cell, None))
-            model = cell.model.name
-            if self.finished(cell):
-                row = Row.from_dict(_results(self.folder / cell.folder)[1])
-                found.append(replace(self._complete(row, cell, cell.setting), config=f"{cell.folder}/config.yaml"))
-            elif cell.folder in self.errors:
-                row = Row(cell.config.name, cell.setting, None, None, error=self.errors[cell.folder])
-                found.append(self._complete(row, cell, cell.setting))
+        for model in self.table.models:
+            cells = [cell for cell in self.cells if cell.model == model]
+            rows = [self._full_precision(model), *map(self._row, cells)]
+            found += [self._complete(row, model, setting) for row, setting in rows if row is not None]
+            found += self._published_alone(model, {(row.method, setting) for row, setting in rows if row is not None})
         return found
 
-    def _complete(self, row: Row, cell: Cell, setting: str | None) -> Row:
+    def _full_precision(self, model: TableModel) -> tuple[Row | None, str | None]:
+        file = self.folder / model_folder(model) / BASELINE
+        return Row.from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None, None
+
+    def _row(self, cell: Cell) -> tuple[Row | None, str]:
+        if self.finished(cell):
+            row = Row.from_dict(_results(self.folder / cell.folder)[1])
+            return replace(row, config=f"{cell.folder}/config.yaml"), cell.setting
+        error = self.errors.get(cell.folder)
+        return None if error is None else Row(cell.config.name, cell.setting, None, None, error=error), cell.setting
+
+    def _published_alone(self, model: TableModel, measured: set[tuple[str, str | None]]) -> Iterator[Row]:
+        for value in self.table.published:
+            if value.model == model.name and (value.method, value.setting) not in measured:
+                row = Row(value.method, value.setting or "-", None, None)
+                yield self._complete(row, model, value.setting)
+
+    def _complete(self, row: Row, model: TableModel, setting: str | None) -> Row:
         several = len(self.table.models) > 1
-        published = self.table.published_perplexity(cell.model.name, row.method, setting)
-        return replace(row, model=cell.model.name if several else None, published=published)
+        published = self.table.published_perplexity(model.name, row.method, setting)
+        return replace(row, model=model.name if several else None, published=published)
 
     def write(self) -> None:
         """Writes the table's texts as things stand."""

@@ -215,7 +215,7 @@ def latex_table(rows: Sequence[Row], *, title: str) -> str:
     The best of a column is bold; a published value stands in parentheses.
     """
     full = {row.model: row for row in rows if row.method == FULL_PRECISION}
-    found = {(row.method, row.model, row.label): row for row in rows if row.method != FULL_PRECISION}
+    found = {(row.method, row.model, row.label): row for row in rows if row.method != FULL_PRECISION and row.label != "-"}
     across = list(dict.fromkeys((model, label) for _, model, label in found))
     down = list(dict.fromkeys(method for method, _, _ in found))
     best = {key: min(_perplexity(row) for row in found.values() if (row.model, row.label) == key) for key in across}
@@ -223,7 +223,7 @@ def latex_table(rows: Sequence[Row], *, title: str) -> str:
     def cell(method: str, key: tuple[str | None, str]) -> str:
         row = found.get((method, *key))
         if row is None or row.evaluation is None:
-            return "--"
+            return "--" if row is None or row.published is None else f"({_latex(format_perplexity(row.published))})"
         text = _latex(format_perplexity(row.evaluation.perplexity))
         text = rf"\textbf{{{text}}}" if _perplexity(row) == best[key] else text
         return text if row.published is None else f"{text} ({_latex(format_perplexity(row.published))})"

@@ -90,8 +90,12 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
     made = make(grid(folder, model, settings=["w4a4kv4-dynamic"], published=[
         {"model": "tiny", "method": "rotated", "setting": "w4a4kv4-dynamic", "perplexity": 8.56, "source": "a paper"},
         {"model": "tiny", "method": "full precision", "perplexity": 5.47, "source": "a paper"},
+        {"model": "tiny", "method": "elsewhere", "setting": "w4a4kv4-dynamic", "perplexity": 7.25, "source": "a paper"},
     ]))  # fmt: skip
-    assert [(row.method, row.published) for row in made.rows] == [("full precision", 5.47), ("rtn", None), ("rotated", 8.56)]
+    assert [(row.method, row.published) for row in made.rows] == [
+        ("full precision", 5.47), ("rtn", None), ("rotated", 8.56), ("elsewhere", 7.25),
+    ]  # fmt: skip
+    assert "| elsewhere | w4a4kv4-dynamic | - | 7.25 |" in (folder / "table.md").read_text()
     assert {path.name for path in folder.iterdir()} == {
         "table.yaml", "table.md", "table.csv", "table.tex", "metrics.json", "environment.json", "plots", "cells",
     }  # fmt: skip
@@ -110,7 +114,7 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
     with (folder / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert float(rows[2]["perplexity"]) == measured.perplexity
-    assert [row["scales"] for row in rows] == ["", "dynamic", "dynamic"]
+    assert [row["scales"] for row in rows] == ["", "dynamic", "dynamic", ""]
     assert int(rows[2]["added_macs"]) > int(rows[1]["added_macs"]) == 0
     assert int(rows[2]["peak_bytes"]) > 2**20
     latex = (folder / "table.tex").read_text()
@@ -118,6 +122,7 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
     assert latex.count(r"\textbf") == 1
     assert "rotated & " in latex
     assert "(8.56)" in latex
+    assert r"elsewhere & (7.25) \\" in latex
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -226,6 +231,8 @@ def test_mistakes_are_found_before_anything_is_done(model: Path, tmp_path: Path)
     other = {"name": "long", "method": "rtn", "overrides": ["evaluation.windows=3"]}
     assert "evaluation is another than that of rtn" in refused(methods=["rtn", other])
     assert "settings" in refused(settings=[])
+    published = {"model": "tinny", "method": "rtn", "setting": "w4a16", "perplexity": 5.0, "source": "a paper"}
+    assert "tinny is none of the models tiny" in refused(published=[published])
     assert "did you mean methods?" in refused(method=["rtn"])
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="there is no table in"):
