@@ -15,7 +15,7 @@ from fptquant.files import KeptFiles
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.stages import round_gptq
 from fptquant.stages.calibrate import CalibrationResult
-from fptquant.stages.round_gptq import DESCRIPTION
+from fptquant.stages.round_blocks import DESCRIPTION
 from fptquant.stages.rounding import FOLDER
 from tests.models.tiny import tiny_model, token_ids
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
