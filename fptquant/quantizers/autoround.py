@@ -1,8 +1,8 @@
-"""AutoRound of one weight: a learned offset before rounding and learned clip ratios of its range, by signed gradients.
+"""AutoRound of one weight: a learned offset before rounding and learned clipping ratios of its range, by signed gradients.
 
     W_q = scale (clamp(round(W / scale + V) + zero_point, qmin, qmax) - zero_point),   V in [-0.5, 0.5] for each weight
 
-Rounding passes its gradient straight through. The quantizer has found a range [low, high] before; clip ratios in (0, 1], one
+Rounding passes its gradient straight through. The quantizer has found a range [low, high] before; clipping ratios in (0, 1], one
 for each end of each channel or group, multiply its ends:
 
     scale = (alpha high - beta low) / (qmax - qmin),   zero_point = round(qmin - beta low / scale)
@@ -26,7 +26,7 @@ from fptquant.quantizers.grid import PerChannel, channel_layout
 from fptquant.quantizers.quantizer import Quantizer
 
 LEAST_RATIO = 0.01
-"""Clip ratios stay above 0: a scale must be positive."""
+"""Clipping ratios stay above 0: a scale must be positive."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class AutoRoundOptions:
     batch: int = 8
     """Windows of each iteration."""
     lr: float | None = None
-    """First step of offsets and clip ratios, which falls linearly to 0; None: 1 / iterations."""
+    """First step of offsets and clipping ratios, which falls linearly to 0; None: 1 / iterations."""
     learn_clipping: bool = True
 
     def rate(self, iteration: int) -> float:
@@ -51,7 +51,7 @@ class AutoRoundOptions:
 
 
 class LearnedRounding:
-    """Offsets and clip ratios of one weight, and the best of them so far.
+    """Offsets and clipping ratios of one weight, and the best of them so far.
 
     Shape: weight [rows, columns]; weights and offsets are worked on as [channels, inner] of the quantizer's granularity, float32
         (float64 if the weight is); ratios [1 or 2, channels].

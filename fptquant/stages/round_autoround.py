@@ -32,7 +32,7 @@ from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.models.streaming import PartState
 from fptquant.quantizers.autoround import AutoRoundOptions, LearnedRounding
 from fptquant.quantizers.quantizer import Quantizer
-from fptquant.stages.distributed import world_size
+from fptquant.stages.distributed import broadcast_, own, rank, reduced, world_size
 from fptquant.stages.progress import Progress, quiet
 from fptquant.stages.round_blocks import BlockMethod, Linears, Tick, round_blocks_
 
@@ -55,19 +55,6 @@ class BlockReport:
     seconds: float
 
 
-def check_autoround() -> None:
-    """Refuses several processes.
-
-    Raises:
-        UserError: if there is more than one.
-    """
-    if world_size() > 1:
-        raise UserError(
-            "rounding.method = autoround works in one process; run without torchrun, or set rounding.method=gptq, whose windows "
-            "several processes share"
-        )
-
-
 class _AutoRound(BlockMethod):
     """Carries both streams, and lets the weights of a block learn."""
 
@@ -77,7 +64,9 @@ class _AutoRound(BlockMethod):
         self.units = options.iterations
         self._options, self._seed = options, seed
         self._quantizers = [quantizer for _, quantizer in iter_quantizers(model)]
-        self._tokens = windows.to(model.device)
+        self._shared = 1 < world_size() <= len(windows)
+        self._own = own(torch.arange(len(windows))) if self._shared else torch.arange(len(windows))
+        self._tokens = windows[self._own].to(model.device)
         self._at_once = max(1, TOKENS_AT_ONCE // windows.shape[1])
 
     @contextmanager
@@ -104,8 +93,8 @@ class _AutoRound(BlockMethod):
         self._state = self._through(self._state)
 
     def _through(self, state: PartState) -> PartState:
-        """The block's output for all windows."""
-        parts = torch.split(torch.arange(len(self.windows), device=self._tokens.device), self._at_once)
+        """The block's output for the windows of this process."""
+        parts = torch.split(torch.arange(len(self._tokens), device=self._tokens.device), self._at_once)
         outputs = [self._run(state, part) for part in parts]
         scales = [output.running_scale for output in outputs if output.running_scale is not None]
         return PartState(torch.cat([output.hidden for output in outputs]), torch.cat(scales) if scales else None)
@@ -116,19 +105,28 @@ class _AutoRound(BlockMethod):
     def round_(self, linears: Linears, tick: Tick) -> dict[str, Any]:
         inputs = self._state
         self.go_on()
-        nearest_state, nearest = self._state, _losses(self._state, self._exact)
-        block = _LearningBlock(linears, self._options)
+        nearest_state, nearest = self._state, self._all_losses()
+        block = _LearningBlock(linears, self._options, shared=self._shared)
         if not bool(torch.isfinite(nearest).all()):
             raise UserError(f"the output of {block.name} holds NaN or infinity; check the layers before it, or use a wider dtype")
         best_iteration = self._learn(block, inputs, nearest, tick)
         block.finish_()
         self._state = self._through(inputs)
-        learned = _losses(self._state, self._exact)
+        learned = self._all_losses()
         if not learned.mean() < nearest.mean():
             block.restart_()
             block.finish_()
             self._state, learned, best_iteration = nearest_state, nearest, 0
         return {"nearest": float(nearest.mean()), "learned": float(learned.mean()), "best_iteration": best_iteration}
+
+    def _all_losses(self) -> Tensor:
+        """Of all windows, those of other processes included."""
+        losses = _losses(self._state, self._exact)
+        if not self._shared:
+            return losses
+        everyones = losses.new_zeros(len(self.windows))
+        everyones[self._own.to(losses.device)] = losses
+        return reduced(everyones, "sum")
 
     def _learn(self, block: _LearningBlock, inputs: PartState, nearest: Tensor, tick: Tick) -> int:
         """Leaves the best state of the block in place, and returns its iteration."""
@@ -137,7 +135,7 @@ class _AutoRound(BlockMethod):
         for iteration in range(self._options.iterations):
             batch = torch.randperm(len(self.windows), generator=generator)[: self._options.batch].to(self.model.device)
             block.place_()
-            share = float(self._backward(inputs, batch) / nearest[batch].sum())
+            share = float(self._backward(inputs, self._own_part(batch)) / nearest[batch].sum())
             if share < least:
                 best, least = iteration, share
                 block.keep_()
@@ -147,26 +145,31 @@ class _AutoRound(BlockMethod):
         block.restore_()
         return best
 
+    def _own_part(self, batch: Tensor) -> Tensor:
+        """Where this process has its windows of a batch."""
+        return batch[batch % world_size() == rank()] // world_size() if self._shared else batch
+
     def _backward(self, inputs: PartState, batch: Tensor) -> Tensor:
-        """The summed losses of some windows, whose gradients reach the weights."""
-        total = torch.zeros((), device=batch.device)
-        for part in torch.split(batch, self._at_once):
+        """The summed losses of all processes; the gradients of this one's windows reach its weights."""
+        total = torch.zeros((), dtype=torch.float64, device=batch.device)
+        for part in torch.split(batch, self._at_once) if len(batch) else ():
             with torch.enable_grad():
                 output = self._run(inputs, part)
                 loss = _losses(output, _rows(self._exact, part)).sum()
                 # Only signs count: the sum over tokens and channels instead of the mean keeps gradients in float16's range.
                 (loss * output.hidden[0].numel()).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
-        return total
+        return reduced(total, "sum") if self._shared else total
 
 
 class _LearningBlock:
     """The weights of a block while they learn: each linear holds W_q as a leaf, whose gradient goes on to offsets and ratios.
 
-    So W_q is made once for all parts of a batch.
+    So W_q is made once for all parts of a batch, and processes that share the batch add up this gradient alone.
     """
 
-    def __init__(self, linears: Linears, options: AutoRoundOptions) -> None:
+    def __init__(self, linears: Linears, options: AutoRoundOptions, *, shared: bool) -> None:
+        self._shared = shared
         self._linears = [(linear, _quantizer(linear)) for linear in linears.values()]
         self._roundings = [
             LearnedRounding(linear.weight, quantizer, learn_clipping=options.learn_clipping) for linear, quantizer in self._linears
@@ -184,13 +187,14 @@ class _LearningBlock:
                 self._made.append(rounding.quantized())
             linear.weight.data = self._made[-1].detach().to(linear.weight.dtype)
             linear.weight.requires_grad_(True)
-            linear.weight.grad = None
+            linear.weight.grad = torch.zeros_like(linear.weight)  # a process may have no window in the batch
 
     def step_(self, rate: float) -> None:
         """Takes the gradients of W_q on to what is learned, and moves it."""
         for (linear, _), rounding, quantized in zip(self._linears, self._roundings, self._made, strict=True):
             assert linear.weight.grad is not None
-            quantized.backward(linear.weight.grad.to(quantized.dtype))  # type: ignore[no-untyped-call]
+            gradient = linear.weight.grad.to(quantized.dtype)
+            quantized.backward(reduced(gradient, "sum") if self._shared else gradient)  # type: ignore[no-untyped-call]
             linear.weight.grad = None
             rounding.step_(rate)
 
@@ -205,6 +209,8 @@ class _LearningBlock:
             linear.weight.requires_grad_(False)
             linear.weight.grad = None
             linear.weight.data = weight
+            # processors may differ in last bits
+            broadcast_(part for part in (linear.weight, quantizer.scale, quantizer.zero_point) if part is not None)
 
     def keep_(self) -> None:
         for rounding in self._roundings:
@@ -257,7 +263,8 @@ def round_autoround_(
 ) -> AutoRoundReport:
     """Rounds every quantized weight of an instrumented model in place, whose ranges are set and whose quantizers are on.
 
-    Weight ranges become the learned ones. The same seed draws the same batches in every block.
+    Weight ranges become the learned ones. The same seed draws the same batches in every block. Several processes share the windows
+    of each batch, and all get the weights of the main one.
 
     Shape:
         windows: [windows, window], int64, the calibration text.
@@ -266,10 +273,8 @@ def round_autoround_(
         kept, belongs_to, resume: as in `fptquant.stages.round_blocks.round_blocks_`.
 
     Raises:
-        UserError: if a weight has no quantizer, transforms are not merged yet, a block gives NaN or infinity, or several processes
-            are at work.
+        UserError: if a weight has no quantizer, transforms are not merged yet, or a block gives NaN or infinity.
     """
-    check_autoround()
     method = _AutoRound(model, windows, AutoRoundOptions() if options is None else options, seed)
     blocks = round_blocks_(method, kept=kept, belongs_to=belongs_to, resume=resume, progress=progress)
     reports = {f"layers.{index}": BlockReport(**block.report, seconds=block.seconds) for index, block in enumerate(blocks)}

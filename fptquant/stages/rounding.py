@@ -14,7 +14,7 @@ from fptquant.files import KeptFiles
 from fptquant.quantizers.autoround import AutoRoundOptions
 from fptquant.quantizers.gptq import GPTQOptions
 from fptquant.stages.progress import Progress, quiet
-from fptquant.stages.round_autoround import check_autoround, round_autoround_
+from fptquant.stages.round_autoround import round_autoround_
 from fptquant.stages.round_gptq import round_gptq_
 
 if TYPE_CHECKING:
@@ -29,13 +29,10 @@ def check_rounding(model: PreTrainedModel, config: Config) -> None:
     """Refuses what rounding could not do, before any text is fetched.
 
     Raises:
-        UserError: if a window is longer than the model's context, or the method knows only one process and there are several.
+        UserError: if a window is longer than the model's context.
     """
-    if not config.rounds:
-        return
-    check_window(model.config, config.rounding.window, "rounding.window")
-    if config.rounding.method == "autoround":
-        check_autoround()
+    if config.rounds:
+        check_window(model.config, config.rounding.window, "rounding.window")
 
 
 def rounding_data(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import fptquant as fq
 from fptquant.errors import UserError
 from fptquant.models.adapter import BlockView, view_model
 from fptquant.models.instrument import get_context, set_modes
@@ -18,8 +18,8 @@ from fptquant.models.streaming import PartState
 from fptquant.quantizers.autoround import AutoRoundOptions, LearnedRounding
 from fptquant.stages import round_autoround
 from fptquant.stages.round_autoround import round_autoround_
-from fptquant.stages.rounding import check_rounding
-from tests.models.tiny import ARCHITECTURES, tiny_model
+from tests.models.tiny import ARCHITECTURES
+from tests.program import run_python
 from tests.quantizers.signround import signround
 from tests.stages.test_round_gptq import FULL, WINDOWS, prepared
 
@@ -207,10 +207,36 @@ def test_outputs_that_are_not_finite_are_named() -> None:
         round_autoround_(model, WINDOWS, OPTIONS)
 
 
-def test_several_processes_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(round_autoround, "world_size", lambda: 2)
-    config = fq.load_config("autoround")
-    with pytest.raises(UserError, match=r"autoround works in one process; run without torchrun, or set rounding\.method=gptq"):
-        check_rounding(tiny_model("LlamaForCausalLM", max_position_embeddings=512), config)
-    with pytest.raises(UserError, match="autoround works in one process"):
-        round_autoround_(prepared("LlamaForCausalLM"), WINDOWS, OPTIONS)
+TOGETHER = """
+import sys
+from pathlib import Path
+import torch
+from fptquant.files import KeptFiles
+from fptquant.stages.round_autoround import round_autoround_
+from tests.distributed.forks import together
+from fptquant.quantizers.autoround import AutoRoundOptions
+from tests.stages.test_round_gptq import FULL, WINDOWS, prepared
+def work(rank, count):
+    for resume in (False, True):
+        model = prepared("LlamaForCausalLM", **FULL)
+        kept = KeptFiles(Path(sys.argv[1]) / f"{count}-{rank}", seconds=0)  # a disk of its own; the first process writes
+        report = round_autoround_(model, WINDOWS, AutoRoundOptions(iterations=8, batch=2), kept=kept, resume=resume)
+        blocks = {name: (block.nearest, block.learned, block.best_iteration) for name, block in report.blocks.items()}
+        torch.save((blocks, model.state_dict()), f"{sys.argv[1]}/{count}-{rank}-{resume}.pt")
+for count in (1, 2):
+    together(count, lambda rank: work(rank, count))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_windows_and_go_on_together(tmp_path: Path) -> None:
+    """Three windows and two, of which two are drawn: a process may have none of a batch. Gradients are added up, in float64."""
+    run_python(TOGETHER, tmp_path)
+    names = ("1-0-False", "2-0-False", "2-1-False", "2-0-True", "2-1-True")
+    (blocks, state), *others = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names)
+    assert [len(list((tmp_path / name).glob("*"))) for name in ("2-0", "2-1") if (tmp_path / name).exists()] == [2]
+    for found, other in others:
+        for name, block in blocks.items():
+            assert found[name] == pytest.approx(block, rel=1e-9)
+        assert all(torch.allclose(other[name], value, rtol=0, atol=1e-9) for name, value in state.items())
+        assert all(torch.equal(other[name], others[0][1][name]) for name in state)
