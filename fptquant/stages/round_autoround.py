@@ -9,8 +9,8 @@ An iteration counts by its loss as a share of what rounding to nearest has on th
 the best one is kept. If all windows together do not confirm it, the block stays rounded to nearest. With S_n hidden states are
 compared in units of the full-precision token's running scale.
 
-Memory: four times the hidden states of all windows; while a block learns, its activations and their gradients for 2,048 tokens at
-a time, and eight times its weights in float32 (offsets, the best ones, their gradients, quantized weights).
+Memory: five times the hidden states of all windows of a process; while a block learns, its activations and their gradients for
+2,048 tokens at a time, and eight times its weights in float32 (offsets, the best ones, their gradients, quantized weights).
 
 Source: arXiv 2309.05516, Algorithm 1, with the two streams of its authors' program; the comparison with nearest is ours.
 """
