@@ -76,7 +76,7 @@ class LearnedRounding:
             self._learned.append((self.ratios, LEAST_RATIO, 1.0))
         self._best: list[Tensor] = [parameter.clone() for parameter, _, _ in self._learned]
 
-    def range(self) -> tuple[Tensor, Tensor | None]:
+    def qparams(self) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point [channels] that the ratios stand for; the zero point is not rounded yet, `fake_quant` does."""
         if self.zero is None:
             return self.scale * self.ratios[0], None
@@ -93,7 +93,7 @@ class LearnedRounding:
         The operator's straight-through and LSQ gradients, at x = W + scale V, make the formula's: inside the grid
         d W_q / d V = scale and d W_q / d scale = round(x / scale) - W / scale; outside 0 and the clamped integer.
         """
-        scale, zero = self.range()
+        scale, zero = self.qparams()
         x = torch.addcmul(self.weight, self.offset, scale[:, None])
         return ops.fake_quant(x, scale, zero, grid=self.grid, granularity=PerChannel(0)).reshape(self._shape)
 
@@ -135,6 +135,6 @@ class LearnedRounding:
 
         Shape: W_q in dtype and shape of the weight; scale and zero point in those of the quantizer's.
         """
-        scale, zero = self.range()
+        scale, zero = self.qparams()
         rounded = None if zero is None else zero.round().reshape(self._range_shape)
         return self.quantized().to(self._dtype), scale.reshape(self._range_shape), rounded

@@ -140,7 +140,7 @@ def test_a_zero_point_outside_of_the_grid_leaves_a_positive_scale() -> None:
     made.zero_point.fill_(-1.0)
     rounding = LearnedRounding(weight, made)
     rounding.ratios[0].fill_(LEAST_RATIO)
-    assert torch.equal(rounding.range()[0], LEAST_RATIO * rounding.scale)
+    assert torch.equal(rounding.qparams()[0], LEAST_RATIO * rounding.scale)
 
 
 def test_a_quantizer_without_range_is_refused() -> None:
