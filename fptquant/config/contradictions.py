@@ -192,7 +192,13 @@ def _tokens(config: Config) -> Iterator[Contradiction]:
 
 
 def _rounding(config: Config) -> Iterator[Contradiction]:
-    if config.rounding.act_order and not config.rounding.static_groups:
+    rounding = config.rounding
+    if rounding.method == "autoround" and rounding.batch > rounding.windows:
+        yield Contradiction(
+            ("rounding.batch", "rounding.windows"),
+            f"{rounding.batch} windows cannot be drawn from rounding.windows = {rounding.windows}; set one of them otherwise",
+        )
+    if rounding.act_order and not rounding.static_groups:
         yield Contradiction(
             ("rounding.act_order", "rounding.static_groups"),
             "true takes columns of all groups in turn, and static_groups = false sets the range of a group when its first column "

@@ -23,6 +23,13 @@ _RANGE_FIELDS = {
 }
 """The fields of a range that each static method reads."""
 
+_ROUNDING_FIELDS = {
+    "nearest": frozenset[str](),
+    "gptq": frozenset({"act_order", "damping", "static_groups", "text", "windows", "window"}),
+    "autoround": frozenset({"iterations", "batch", "lr", "learn_clipping", "text", "windows", "window"}),
+}
+"""The fields that each rounding method reads."""
+
 
 @dataclass(frozen=True)
 class WithoutEffect:
@@ -199,14 +206,17 @@ def _training(config: Config) -> Iterator[WithoutEffect]:
 
 def _rounding(config: Config) -> Iterator[WithoutEffect]:
     rounding, weight = config.rounding, config.quantization.weight
+    for name in type(rounding).model_fields:
+        readers = [method for method, fields in _ROUNDING_FIELDS.items() if name in fields]
+        if name != "method" and rounding.method not in readers:
+            message = f"rounding.method = {rounding.method} does not read it; set rounding.method={readers[0]} or remove it"
+            yield from _changed(rounding, "rounding", [name], message, by_label=False)
     if rounding.method == "nearest":
-        others = [name for name in type(rounding).model_fields if name != "method"]
-        message = "rounding.method = nearest does not read it; set rounding.method=gptq or remove it"
-        yield from _changed(rounding, "rounding", others, message, by_label=False)
         return
     if weight.bits == 16:
         message = "weights are in full precision; set quantization.weight.bits or remove it"
-        yield from _changed(rounding, "rounding", type(rounding).model_fields, message, by_label=True)
-    elif weight.granularity != "per_group":
+        read = ("method", *_ROUNDING_FIELDS[rounding.method])
+        yield from _changed(rounding, "rounding", read, message, by_label=True)
+    elif rounding.method == "gptq" and weight.granularity != "per_group":
         message = f"weights have no groups but {weight.granularity} ranges; set quantization.weight.group_size or remove it"
         yield from _changed(rounding, "rounding", ["static_groups"], message, by_label=True)

@@ -2,8 +2,8 @@
 
 runs/mine.partial/config.yaml       what is run
 runs/mine.partial/checkpoint*       from where it goes on: of training (`fptquant.training.checkpoint`) and the stages before it
-                                    (`fptquant.stages.prepared`); folders of rounding (`fptquant.stages.round_gptq`), of evaluations
-                                    (`fptquant.evaluation.scores`), and where a model larger than memory is calibrated
+                                    (`fptquant.stages.prepared`); folders of rounding (`fptquant.stages.round_blocks`), of
+                                    evaluations (`fptquant.evaluation.scores`), and where a model larger than memory is calibrated
                                     (`fptquant.stages.stream`)
 runs/mine.partial/metrics.jsonl     what training has seen so far
 and whatever else was written. In the end, the folder without its checkpoints is renamed to runs/mine.

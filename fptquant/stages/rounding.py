@@ -11,11 +11,14 @@ from fptquant.data.text import load_text
 from fptquant.data.training import TrainingData, training_windows
 from fptquant.data.windows import check_window
 from fptquant.files import KeptFiles
+from fptquant.quantizers.autoround import AutoRoundOptions
 from fptquant.quantizers.gptq import GPTQOptions
 from fptquant.stages.progress import Progress, quiet
+from fptquant.stages.round_autoround import round_autoround_
 from fptquant.stages.round_gptq import round_gptq_
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FOLDER = "checkpoint-rounding"
@@ -70,23 +73,40 @@ def round_(
     """Rounds the weights of a model whose transforms are merged and whose quantizers are on; returns the report.
 
     Args:
-        belongs_to, resume: as in `fptquant.stages.round_gptq.round_gptq_`.
+        belongs_to, resume: as in `fptquant.stages.round_blocks.round_blocks_`.
         folder: where finished blocks are kept; nowhere by default.
 
     Raises:
-        UserError: as `fptquant.stages.round_gptq.round_gptq_`.
+        UserError: as `fptquant.stages.round_gptq.round_gptq_` and `fptquant.stages.round_autoround.round_autoround_`.
     """
-    rounding = config.rounding
-    options = GPTQOptions(act_order=rounding.act_order, damping=rounding.damping, static_groups=rounding.static_groups)
     kept = None if folder is None else KeptFiles(folder / FOLDER)
     windows = data.train[: round(len(data.train) / max(data.epochs, 1.0))]  # a text that is too short repeats: once is enough
-    found = round_gptq_(model, windows, options, kept=kept, belongs_to=belongs_to, resume=resume, progress=progress)
+    method = {"gptq": _gptq_, "autoround": _autoround_}[config.rounding.method]
+    found = method(model, windows, config, kept=kept, belongs_to=belongs_to, resume=resume, progress=progress)
     return {
-        "method": rounding.method,
+        "method": config.rounding.method,
         "text": data.source,
         "tokens": windows.numel(),
         "dropped_windows": data.dropped,
+        **found,
+    }
+
+
+def _gptq_(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any) -> dict[str, Any]:
+    settings = config.rounding
+    options = GPTQOptions(act_order=settings.act_order, damping=settings.damping, static_groups=settings.static_groups)
+    found = round_gptq_(model, windows, options, **pass_)
+    return {
         "seconds": found.seconds,
-        "damped_further": [name for name, report in found.linears.items() if report.damping > rounding.damping],
+        "damped_further": [name for name, report in found.linears.items() if report.damping > options.damping],
         "linears": {name: asdict(report) for name, report in found.linears.items()},
     }
+
+
+def _autoround_(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any) -> dict[str, Any]:
+    settings = config.rounding
+    options = AutoRoundOptions(
+        iterations=settings.iterations, batch=settings.batch, lr=settings.lr, learn_clipping=settings.learn_clipping
+    )
+    found = round_autoround_(model, windows, options, seed=config.seed, **pass_)
+    return {"seconds": found.seconds, "blocks": {name: asdict(report) for name, report in found.blocks.items()}}

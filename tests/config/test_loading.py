@@ -150,6 +150,7 @@ def test_impossible_bits(bits: int) -> None:
         (["smoothing={}", "transforms.norm_scaling={}", "training.lr.residual_rotation=0.1", "norm_gains=fused"],
          "transforms.norm_scaling"),
         (["rounding={method: gptq, act_order: true, static_groups: false}", "quantization=w4a16-g64"], "rounding.act_order"),
+        (["rounding={method: autoround, windows: 4}"], "rounding.batch"),
         (["quantization.overrides.down_in.full_precision_tokens=512"], "quantization.overrides.down_in.full_precision_tokens"),
     ],
 )  # fmt: skip
@@ -195,6 +196,10 @@ WITHOUT_EFFECT = [
     ("rounding.windows", ["rounding.windows=3"]),
     ("rounding.method", ["quantization=w16a8", "rounding.method=gptq"]),
     ("rounding.static_groups", ["rounding={method: gptq, static_groups: false}"]),
+    ("rounding.iterations", ["rounding={method: gptq, iterations: 20}"]),
+    ("rounding.learn_clipping", ["rounding.learn_clipping=false"]),
+    ("rounding.damping", ["rounding={method: autoround, damping: 0.1}"]),
+    ("rounding.lr", ["rounding={method: gptq, lr: 0.1}"]),
     ("quantization.overrides.o_in.symmetric", ["quantization.overrides.o_in={bits: 16, symmetric: true}"]),
     ("quantization.overrides.o_in.range.p", ["quantization.overrides.o_in.range={method: mse, p: 3.0}"]),
 ]  # fmt: skip

@@ -34,12 +34,13 @@ def prepared(
     dtype: torch.dtype = torch.float64,
     weights: dict[str, Any] | None = None,
     prefix: bool = False,
+    settings: dict[str, Any] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """A model whose quantizers are on, the weights' at 3 bits."""
     model = tiny_model(architecture, dtype=dtype, hidden_size=32, intermediate_size=40, head_dim=8)
     weight = {"bits": 3, "symmetric": False, **(weights or {})}
-    instrument(model, setting(weight=weight, prefix=[3, 4] if prefix else None), **options)
+    instrument(model, setting(weight=weight, prefix=[3, 4] if prefix else None, **(settings or {})), **options)
     if prefix:
         compute_prefix_(model, [3, 4])
     set_weight_ranges_(model)

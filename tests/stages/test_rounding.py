@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ import fptquant as fq
 from fptquant.config.schema import Config
 from fptquant.files import KeptFiles
 from fptquant.models.quantized_linear import QuantizedLinear
+from fptquant.quantizers.autoround import LearnedRounding
 from fptquant.stages import round_gptq
 from fptquant.stages.calibrate import CalibrationResult
-from fptquant.stages.round_gptq import DESCRIPTION
+from fptquant.stages.round_blocks import DESCRIPTION
 from fptquant.stages.rounding import FOLDER
 from tests.models.tiny import tiny_model, token_ids
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
@@ -45,9 +47,9 @@ def config(*overrides: str) -> Config:
 
 
 def calibrate(
-    chosen: Config, folder: Path | None = None, *, stop_after: int = BLOCKS + 1, resume: bool = False
+    chosen: Config, folder: Path | None = None, *, stop_after: int | None = None, resume: bool = False
 ) -> CalibrationResult:
-    """A tiny model; stopped as if by Ctrl-C once so many blocks are rounded."""
+    """A tiny model; stopped as if by Ctrl-C once so many units (GPTQ's blocks, AutoRound's iterations) are done."""
 
     def progress(done: int, total: int, description: str) -> None:
         if description == DESCRIPTION and done == stop_after:
@@ -57,9 +59,14 @@ def calibrate(
     return fq.calibrate(model, tiny_tokenizer(), chosen, folder=folder, resume=resume, progress=progress)
 
 
+def without_seconds(report: Any) -> Any:
+    if not isinstance(report, dict):
+        return report
+    return {key: without_seconds(value) for key, value in report.items() if key != "seconds"}
+
+
 def assert_same(first: CalibrationResult, second: CalibrationResult) -> None:
-    reports = [{key: value for key, value in result.metrics["rounding"].items() if key != "seconds"} for result in (first, second)]
-    assert reports[0] == reports[1]
+    assert without_seconds(first.metrics["rounding"]) == without_seconds(second.metrics["rounding"])
     expected, found = first.model.state_dict(), second.model.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
@@ -135,7 +142,33 @@ def test_a_run_that_stops_goes_on_with_the_blocks_that_are_left(
     assert len(rounded) == 7 * BLOCKS
 
 
-@pytest.mark.parametrize("changed", [["rounding.windows=4"], ["quantization=w4a8kv8-dynamic"], ["seed=1"]], ids=str)
+AUTOROUND = ["rounding.method=autoround", "rounding.iterations=10", "rounding.batch=2"]
+
+
+def test_autoround_is_reported_saved_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the third block, with two iterations of it done."""
+    chosen, told = config(*AUTOROUND), []
+    whole = calibrate(chosen)
+    report, tokens = whole.metrics["rounding"], token_ids(1, 30)
+    assert list(report["blocks"]) == ["layers.0", "layers.1", "layers.2"]
+    assert all(0 < block["learned"] < block["nearest"] for block in report["blocks"].values())
+    assert report["seconds"] == pytest.approx(sum(block["seconds"] for block in report["blocks"].values()))
+    whole.save(tmp_path / "out")
+    loaded, _ = fq.load_calibrated(tmp_path / "out")
+    assert torch.equal(loaded(tokens).logits, whole.model(tokens).logits)
+
+    monkeypatch.setattr("fptquant.stages.rounding.KeptFiles", partial(KeptFiles, seconds=0))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(chosen, tmp_path, stop_after=2 * 10 + 2)
+    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["block-0.safetensors", "block-1.safetensors"]
+    once = LearnedRounding.step_
+    monkeypatch.setattr(LearnedRounding, "step_", lambda self, rate: (told.append(rate), once(self, rate)))
+    result = calibrate(chosen, tmp_path, resume=True)
+    assert_same(whole, result)
+    assert told == pytest.approx([0.01 * (10 - step) for step in range(10) for _ in range(7)])
+
+
+@pytest.mark.parametrize("changed", [["rounding.windows=4"], ["quantization=w4a8kv8-dynamic"], ["seed=1"], AUTOROUND], ids=str)
 def test_blocks_of_another_run_are_of_no_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: list[str]) -> None:
     """Of another text, of other quantizers, whose weights and ranges may be the same, or of other transforms."""
     monkeypatch.setattr("fptquant.stages.rounding.KeptFiles", partial(KeptFiles, seconds=0))
