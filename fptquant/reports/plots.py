@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fptquant.reports.statistics import PLACES, ActivationStatistics
+from fptquant.evaluation.places import PLACES
+from fptquant.reports.statistics import ActivationStatistics
 
 Array = npt.NDArray[np.float32]
 
