@@ -90,7 +90,12 @@ core = Extension(
 setup(
     packages=[*find_packages(include=["fptquant", "fptquant.*"]), "fptquant.configs", "fptquant.configs.methods"],
     package_dir={"fptquant.configs": "configs"},
-    package_data={"fptquant": ["py.typed"], "fptquant.configs": ["*.yaml"], "fptquant.configs.methods": ["*.yaml"]},
+    package_data={
+        "fptquant": ["py.typed"],
+        "fptquant.reports": ["*.jinja"],
+        "fptquant.configs": ["*.yaml"],
+        "fptquant.configs.methods": ["*.yaml"],
+    },
     libraries=libraries,
     ext_modules=[core],
     cmdclass={"build_clib": build_clib_per_isa},

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fptquant.evaluation.evaluate import build_reference, evaluate
     from fptquant.models.loading import load_model
     from fptquant.models.saving import load_calibrated
+    from fptquant.reports.report import write_report
     from fptquant.stages.calibrate import CalibrationResult, calibrate
     from fptquant.stages.stream import calibrate_streamed
 
@@ -35,6 +36,7 @@ _HOMES = {
     "load_calibrated": "fptquant.models.saving",
     "load_config": "fptquant.config.loading",
     "load_model": "fptquant.models.loading",
+    "write_report": "fptquant.reports.report",
 }
 """Where each public name lives; it is imported when it is first used, so that `import fptquant` stays quick."""
 
@@ -51,6 +53,7 @@ __all__ = [
     "load_config",
     "load_model",
     "ops",
+    "write_report",
 ]
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 _REPORT_BYTES = 5_000_000
 """Room for plots, tables and configs."""
-_PLOT_TOKENS = 256
+PLOT_TOKENS = 256
 """Tokens of the first evaluation window that the plots look at."""
 DTYPES = {
     "float32": torch.float32,
@@ -210,7 +210,7 @@ def _measure_baseline(
         shared=shared,
         kept=kept,
     )
-    tokens = cache.tokens[0, :_PLOT_TOKENS]
+    tokens = cache.tokens[0, :PLOT_TOKENS]
     row = Row("full precision", config.dtype, evaluation, evaluation.seconds)
     return Baseline(model, tokenizer, cache, shared, kept, row, trace_residuals(model, tokens), collect_activations(model, tokens))
 
@@ -253,7 +253,7 @@ def _run_config(
         kept=None if baseline.kept is None else baseline.kept.file(f"{name}.json"),
     )
     row = Row(config.name, result.config.quantization.setting, evaluation, result.metrics["seconds"] + evaluation.seconds)
-    tokens = cache.tokens[0, :_PLOT_TOKENS]
+    tokens = cache.tokens[0, :PLOT_TOKENS]
     errors = block_errors(baseline.trace, trace_residuals(result.model, tokens))
     if plot and is_main():
         _plot_magnitudes(baseline, result, folder / "plots", f"-{config.name}" if several else "")
@@ -264,7 +264,7 @@ def _run_config(
 
 def _plot_magnitudes(baseline: Baseline, result: CalibrationResult, plots: Path, suffix: str) -> None:
     config = result.config
-    tokens = baseline.cache.tokens[0, :_PLOT_TOKENS]
+    tokens = baseline.cache.tokens[0, :PLOT_TOKENS]
     after = collect_activations(result.model, tokens, map_layers=map_layers_of(baseline.activations))
     what = f"{config.model}, {config.name}, {config.quantization.label}"
     plot_activations(baseline.activations, after, plots / f"activations{suffix}.png", title=f"Activation magnitudes: {what}")
