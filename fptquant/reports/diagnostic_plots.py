@@ -95,7 +95,7 @@ def draw_sensitivity(scan: Sequence[Sensitivity]) -> Any:
     from matplotlib.patches import Patch
 
     whole = [each for each in scan if each.layer is None]
-    divergences = [each.evaluation.jsd or 0.0 for each in whole]
+    divergences = [max(each.evaluation.jsd or 0.0, 0.0) for each in whole]
     figure = new_figure(5.6, 0.27 * len(whole) + 1.1)
     axes = figure.subplots()
     rows = range(len(whole))
@@ -103,10 +103,10 @@ def draw_sensitivity(scan: Sequence[Sensitivity]) -> Any:
     most = max(divergences, default=0.0) or 1.0
     for row, each, value in zip(rows, whole, divergences, strict=True):
         text = f"{value:.4f}, perplexity {format_perplexity(each.evaluation.perplexity)}"
-        axes.text(max(value, 0.0) + 0.01 * most, row, text, va="center", fontsize=7.5)
-    axes.axvline(max(divergences[0], 0.0), color=_PLAIN, linewidth=0.8, linestyle=":")
+        axes.text(value + 0.01 * most, row, text, va="center", fontsize=7.5)
+    axes.axvline(divergences[0], color=_PLAIN, linewidth=0.8, linestyle=":")
     axes.set_yticks(rows, [each.site for each in whole], fontsize=8.5)
-    axes.invert_yaxis()
+    axes.set_ylim(len(whole) - 0.4, -0.6)
     axes.set_xlim(0, 1.55 * most)
     axes.set_xlabel("JSD from full precision, lower is better", fontsize=9)
     axes.tick_params(labelsize=8)
@@ -141,13 +141,14 @@ def draw_histogram(before: Tensor, after: Tensor) -> Any:
     edges[-1] = edges[-2] ** 2 / edges[-3]
     shares = [counts.double().numpy()[1:] / max(int(counts.sum()), 1) for counts in (before, after)]
     used = np.nonzero(shares[0] + shares[1])[0]
-    first = min(int(np.searchsorted(share.cumsum(), _TAIL)) for share in shares)
     last = int(used[-1]) + 1 if len(used) else len(edges) - 1
+    first = min(last - 1, *(int(np.searchsorted(share.cumsum(), _TAIL)) for share in shares))
     for share, color, word in zip(shares, (BEFORE, AFTER), ("before", "after"), strict=True):
         axes.stairs(share[first:last], edges[first : last + 1], color=color, linewidth=1.4, label=word)
         axes.stairs(share[first:last], edges[first : last + 1], color=color, alpha=0.18, fill=True)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.minorticks_off()  # they would take most of the time and of the file
     bare_axes(axes)
     axes.set_xlabel("|x|", fontsize=8)
     axes.set_ylabel("share of the values", fontsize=8)

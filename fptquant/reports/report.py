@@ -108,6 +108,7 @@ def write_report(
     try:
         replace_file(page, content.encode("utf-8"))
     except OSError as error:
+        _beside(page).unlink(missing_ok=True)
         raise UserError(f"the page {page} could not be written ({error.strerror}); give another one with --output FILE") from error
     return page
 
@@ -120,11 +121,15 @@ def _check_page(page: Path) -> None:
         reason = "is a folder" if page.is_dir() else "lies in a folder that does not exist"
         raise UserError(f"{page} {reason}; give another file with --output FILE")
     try:
-        beside = page.with_name(page.name + ".new")
-        beside.touch()
-        beside.unlink()
+        _beside(page).touch()
+        _beside(page).unlink()
     except OSError as error:
         raise UserError(f"the page {page} cannot be written ({error.strerror}); give another one with --output FILE") from error
+
+
+def _beside(page: Path) -> Path:
+    """The file that `replace_file` writes and renames."""
+    return page.with_name(page.name + ".new")
 
 
 @dataclass(frozen=True)
@@ -145,19 +150,18 @@ def _read_run(folder: Path, saved: Path) -> Run:
     Raises:
         UserError: if one of them is damaged.
     """
-    of_run = folder if saved != folder else saved
     try:
-        results = json.loads((of_run / "metrics.json").read_text(encoding="utf-8")).get("results", [])
-        log = of_run / METRICS
+        results = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("results", [])
+        log = folder / METRICS
         lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
         return Run(
             [_row(result) for result in results],
             json.loads((saved / "metrics.json").read_text(encoding="utf-8")),
-            json.loads((of_run / "environment.json").read_text(encoding="utf-8")),
+            json.loads((folder / "environment.json").read_text(encoding="utf-8")),
             [json.loads(line) for line in lines],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the files of the run {of_run} are missing or damaged ({error}); run it again") from error
+        raise UserError(f"the files of the run {folder} are missing or damaged ({error}); run it again") from error
 
 
 def _row(result: Mapping[str, Any]) -> Row:
@@ -323,7 +327,7 @@ def _feature_rows(look: Look) -> list[tuple[str, ...]]:
 
 
 def _massive_rows(look: Look, words: Mapping[tuple[int, int], str]) -> list[tuple[str, ...]]:
-    """Place, layers, window, position, token, channel, value, times the median: one line for the same value in several layers."""
+    """Place, value, times the median, layers, channel, token, position, window: one line for all layers of a token's channel."""
     groups: dict[tuple[str, int, int, int], list[MassiveActivation]] = {}
     for name, place in look.outliers.items():
         for each in place.massive:
@@ -331,8 +335,8 @@ def _massive_rows(look: Look, words: Mapping[tuple[int, int], str]) -> list[tupl
     rows = sorted(groups.items(), key=lambda group: -abs(group[1][0].value))[:_MOST_ROWS]
     return [
         (
-            PLACES[name].title, _ranges(each.layer for each in found), str(window), str(position),
-            repr(words.get((window, position), "")), str(channel), f"{found[0].value:,.0f}", f"{found[0].ratio:,.0f}",
+            PLACES[name].title, f"{found[0].value:,.0f}", f"{found[0].ratio:,.0f}", _ranges(each.layer for each in found),
+            str(channel), repr(words.get((window, position), "")), str(position), str(window),
         )
         for (name, window, position, channel), found in rows
     ]  # fmt: skip
