@@ -296,7 +296,8 @@ def _outlier_part(config: Config, diagnosis: Diagnosis) -> dict[str, Any]:
             pictures.append(_wide(lambda file, plot=plot: plot(before.activations, after.activations, file, title=""), alt))  # type: ignore[misc]
     return {
         "places": [
-            (place.title, *_counts(before.outliers[name]), *_counts(after.outliers[name])) for name, place in PLACES.items()
+            (place.title, *map(" → ".join, zip(_counts(before.outliers[name]), _counts(after.outliers[name]), strict=True)))
+            for name, place in PLACES.items()
         ],
         "outlier_lists": [
             (word, _feature_rows(look), _massive_rows(look, diagnosis.words))
