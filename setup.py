@@ -92,7 +92,7 @@ CONFIGS = ["fptquant.configs", "fptquant.configs.methods", "fptquant.configs.tab
 setup(
     packages=[*find_packages(include=["fptquant", "fptquant.*"]), *CONFIGS],
     package_dir={"fptquant.configs": "configs"},
-    package_data={"fptquant": ["py.typed"], **{folder: ["*.yaml"] for folder in CONFIGS}},
+    package_data={"fptquant": ["py.typed"], "fptquant.reports": ["*.jinja"], **{folder: ["*.yaml"] for folder in CONFIGS}},
     libraries=libraries,
     ext_modules=[core],
     cmdclass={"build_clib": build_clib_per_isa},

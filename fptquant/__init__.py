@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fptquant.models.loading import load_model
     from fptquant.models.saving import load_calibrated
     from fptquant.reports.grid import make_table
+    from fptquant.reports.report import write_report
     from fptquant.stages.calibrate import CalibrationResult, calibrate
     from fptquant.stages.stream import calibrate_streamed
 
@@ -39,6 +40,7 @@ _HOMES = {
     "load_model": "fptquant.models.loading",
     "load_table": "fptquant.config.tables",
     "make_table": "fptquant.reports.grid",
+    "write_report": "fptquant.reports.report",
 }
 """Where each public name lives; it is imported when it is first used, so that `import fptquant` stays quick."""
 
@@ -57,6 +59,7 @@ __all__ = [
     "load_table",
     "make_table",
     "ops",
+    "write_report",
 ]
 
 

@@ -247,6 +247,50 @@ def evaluate(
         console.print(f"written to {escape(output)}")
 
 
+@app.command("report", epilog="Example: fptquant report runs/fptquant --windows 4 --output page.html")
+@_guard
+def report(
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the folder of a calibrated model.")],
+    output: Annotated[str | None, typer.Option("--output", "-o", help="The page; RUN/report.html by default.")] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity/--no-sensitivity", help="Evaluate with each kind of site quantized alone.")
+    ] = True,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Also with each site of each layer alone, which takes long.")
+    ] = False,
+    text: Annotated[str | None, typer.Option("--text", help="A text of fptquant ls, or a file; the run's by default.")] = None,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="How many of the text's first windows are read.")] = 2,
+    window: Annotated[int | None, typer.Option("--window", min=2, help="Tokens of a window; 512 at most by default.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML page about a run: results, where the error arises, outliers, histograms.
+
+    The page holds everything it shows. What it shows is measured on a few windows: minutes for a small model, most for sensitivity.
+    """
+    from fptquant.reports.processes import launched, processes
+
+    if launched() is not None:
+        raise UserError("report works in one process; start it without torchrun")
+    from fptquant.reports.progress import Progress
+    from fptquant.reports.report import write_report
+
+    with processes(device, threads), Progress() as progress:
+        page = write_report(
+            folder,
+            output=output,
+            sensitivity=sensitivity,
+            per_layer=per_layer,
+            text=text,
+            windows=windows,
+            window=window,
+            device=device,
+            progress=progress,
+        )
+    Console(highlight=False).print(f"written to {escape(str(page))}")
+
+
 @app.command(
     "table",
     epilog=(

@@ -1,1 +1,1 @@
-"""Perplexity, agreement with the full-precision model, equivalence, and signal-to-quantization-noise ratio."""
+"""What is measured on a model: perplexity, agreement with full precision, and where the error of quantization arises."""

@@ -22,6 +22,11 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     _same_shape(reference, approximation)
     signal = float(reference.double().square().sum())
     noise = float((reference.double() - approximation.double()).square().sum())
+    return decibels(signal, noise)
+
+
+def decibels(signal: float, noise: float) -> float:
+    """``10 log10(signal / noise)`` of two sums of squares; infinite without noise, minus infinite without a signal."""
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -283,6 +284,17 @@ def set_modes(model: nn.Module, mode: Mode, kind: Kind | None = None) -> None:
     """Sets the mode of every quantizer, or of those of one kind."""
     for _, quantizer in iter_quantizers(model, kind):
         quantizer.mode = mode
+
+
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Modes may be changed meanwhile; at the end every quantizer has its own again."""
+    modes = {quantizer: quantizer.mode for _, quantizer in iter_quantizers(model)}
+    try:
+        yield
+    finally:
+        for quantizer, mode in modes.items():
+            quantizer.mode = mode
 
 
 def get_context(model: PreTrainedModel) -> ForwardContext:

@@ -80,6 +80,18 @@ def kind_of(name: str) -> Kind:
     return "kv_cache" if last in CACHE_POINTS else "activation"
 
 
+def layer_and_site(name: str) -> tuple[int | None, str]:
+    """The block in which a quantizer sits, None for those that exist once, and its name there.
+
+    >>> layer_and_site("layers.3.k_cache"), layer_and_site("layers.3.down_proj.weight"), layer_and_site("final_norm_out")
+    ((3, 'k_cache'), (3, 'down_proj.weight'), (None, 'final_norm_out'))
+    """
+    if not name.startswith("layers."):
+        return None, name
+    _, layer, site = name.split(".", 2)
+    return int(layer), site
+
+
 @dataclass(frozen=True)
 class QuantizerSpec:
     """Everything a quantizer needs but its place."""

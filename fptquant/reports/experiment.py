@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 _REPORT_BYTES = 5_000_000
 """Room for plots, tables and configs."""
-_PLOT_TOKENS = 256
+PLOT_TOKENS = 256
 """Tokens of the first evaluation window that the plots look at."""
 DTYPES = {
     "float32": torch.float32,
@@ -183,7 +183,7 @@ def measure_baseline(
         shared=shared,
         kept=kept,
     )
-    tokens = cache.tokens[0, :_PLOT_TOKENS]
+    tokens = cache.tokens[0, :PLOT_TOKENS]
     row = Row(FULL_PRECISION, config.dtype, evaluation, evaluation.seconds)
     return Baseline(model, tokenizer, cache, shared, kept, row, trace_residuals(model, tokens), collect_activations(model, tokens))
 
@@ -229,7 +229,7 @@ def run_config(
     )
     setting, seconds = result.config.quantization.setting, result.metrics["seconds"] + evaluation.seconds
     row = Row(config.name, setting, evaluation, seconds, cost=runtime_cost(result.model, result.config), peak_bytes=peak)
-    errors = block_errors(baseline.trace, trace_residuals(result.model, cache.tokens[0, :_PLOT_TOKENS]))
+    errors = block_errors(baseline.trace, trace_residuals(result.model, cache.tokens[0, :PLOT_TOKENS]))
     if is_main():
         _plot(baseline, result, errors, folder / "plots")
         if save:
@@ -247,7 +247,7 @@ def _plot(baseline: Baseline, result: CalibrationResult, errors: Sequence[float]
 
 def _plot_magnitudes(baseline: Baseline, result: CalibrationResult, plots: Path) -> None:
     config = result.config
-    tokens = baseline.cache.tokens[0, :_PLOT_TOKENS]
+    tokens = baseline.cache.tokens[0, :PLOT_TOKENS]
     after = collect_activations(result.model, tokens, map_layers=map_layers_of(baseline.activations))
     what = f"{config.model}, {config.name}, {config.quantization.label}"
     plot_activations(baseline.activations, after, plots / "activations.png", title=f"Activation magnitudes: {what}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from fptquant.reports.statistics import PLACES, ActivationStatistics
+from fptquant.evaluation.places import PLACES
+from fptquant.reports.statistics import ActivationStatistics
 from fptquant.reports.table import Row
 
 Array = npt.NDArray[np.float32]
@@ -24,7 +25,7 @@ _SURFACE_SIZE = (32, 96)
 _SURFACE_SITES = ("attn_in", "v_out", "mlp_in", "down_in")
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """A figure without any window system; pyplot is not touched, so a notebook's settings stay as they are."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -34,7 +35,8 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _bare(axes: Any) -> None:
+def bare_axes(axes: Any) -> None:
+    """Leaves out the frame and draws faint horizontal lines behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -69,13 +71,13 @@ def _full_map(statistics: ActivationStatistics, name: str) -> Array:
 
 
 def plot_activations(
-    before: ActivationStatistics, after: ActivationStatistics, path: Path, *, title: str = "Activation magnitudes"
+    before: ActivationStatistics, after: ActivationStatistics, path: Path | BinaryIO, *, title: str = "Activation magnitudes"
 ) -> None:
     """One row per site: maps of tokens and channels before and after, and the largest and median value of every layer."""
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import NullFormatter
 
-    figure = _figure(13, 1.75 * len(PLACES) + 0.9)
+    figure = new_figure(13, 1.75 * len(PLACES) + 0.9)
     grid = figure.subplots(len(PLACES), 3, width_ratios=(1, 1, 1.15), squeeze=False)
     figure.suptitle(title, fontsize=14, x=0.01, ha="left", fontweight="bold")
     for row, (name, place) in enumerate(PLACES.items()):
@@ -119,7 +121,7 @@ def _plot_layers(
         layers = range(len(site.largest))
         axes.semilogy(layers, site.largest, color=color, linewidth=1.8, marker="o", markersize=2.5, label=f"{word}, largest")
         axes.semilogy(layers, site.median, color=color, linewidth=1.2, linestyle=":", label=f"{word}, median")
-    _bare(axes)
+    bare_axes(axes)
     axes.tick_params(labelsize=7)
     axes.set_ylabel("|x|", fontsize=9)
     if first:
@@ -131,12 +133,14 @@ def _plot_layers(
         axes.set_xlabel("layer", fontsize=9)
 
 
-def plot_outliers(before: ActivationStatistics, after: ActivationStatistics, path: Path, *, title: str = "Outliers") -> None:
+def plot_outliers(
+    before: ActivationStatistics, after: ActivationStatistics, path: Path | BinaryIO, *, title: str = "Outliers"
+) -> None:
     """Magnitude over tokens and channels as a landscape, before above after, each pair of landscapes to the same scale."""
     from matplotlib.ticker import MaxNLocator
     from mpl_toolkits.mplot3d import Axes3D  # noqa: F401  registers the projection
 
-    figure = _figure(4.1 * len(_SURFACE_SITES), 7.6)
+    figure = new_figure(4.1 * len(_SURFACE_SITES), 7.6)
     grid = figure.subplots(2, len(_SURFACE_SITES), subplot_kw={"projection": "3d"})
     figure.suptitle(title, fontsize=15, x=0.01, ha="left", fontweight="bold")
     for column, name in enumerate(_SURFACE_SITES):
@@ -167,25 +171,31 @@ def plot_outliers(before: ActivationStatistics, after: ActivationStatistics, pat
 def plot_block_errors(
     errors: Mapping[str, Sequence[float]], path: Path, *, title: str = "Error of the residual after every block"
 ) -> None:
+    """Writes `draw_block_errors` as a picture."""
+    draw_block_errors(errors, title=title).savefig(path, dpi=110)
+
+
+def draw_block_errors(errors: Mapping[str, Sequence[float]], *, title: str = "", size: tuple[float, float] = (9.5, 4.6)) -> Any:
     """Signal-to-quantization-noise ratio after every block for each method; higher is better."""
     from matplotlib.ticker import FuncFormatter
 
-    figure = _figure(9.5, 4.6)
+    figure = new_figure(*size)
     axes = figure.subplots()
-    figure.suptitle(title, fontsize=13, x=0.01, ha="left", fontweight="bold")
+    if title:
+        figure.suptitle(title, fontsize=13, x=0.01, ha="left", fontweight="bold")
     for index, (label, values) in enumerate(errors.items()):
         decibels = -20 * np.log10(np.maximum(np.asarray(values, dtype=np.float64), 1e-8))
         color = _CYCLE[index % len(_CYCLE)]
         style = ("-", "--", ":", "-.")[index // len(_CYCLE) % 4]
         axes.plot(decibels, color=color, linestyle=style, linewidth=1.8, marker="o", markersize=3, label=label)
-    _bare(axes)
+    bare_axes(axes)
     axes.set_xlabel("block")
     axes.set_ylabel("SQNR in dB, higher is better")
     right = axes.secondary_yaxis("right")
     right.set_ylabel("relative error  ||x - y|| / ||x||")
     right.yaxis.set_major_formatter(FuncFormatter(lambda decibels, _: f"{10 ** (-decibels / 20):.2g}"))
     axes.legend(frameon=False, fontsize=9, loc="best")
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def plot_cost(rows: Sequence[Row], path: Path, *, title: str) -> None:
@@ -198,7 +208,7 @@ def plot_cost(rows: Sequence[Row], path: Path, *, title: str) -> None:
     full = {row.model: row.evaluation.perplexity for row in rows if row.evaluation is not None and row.cost is None}
     methods = list(dict.fromkeys(row.method for row in measured))
     columns = min(len(panels), 4)
-    figure = _figure(3.6 * columns + 1.6, 3.3 * -(-len(panels) // columns) + 0.6)
+    figure = new_figure(3.6 * columns + 1.6, 3.3 * -(-len(panels) // columns) + 0.6)
     grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False, sharex=True)
     figure.suptitle(f"Perplexity against run-time cost: {title}", fontsize=13, x=0.01, ha="left", fontweight="bold")
     for axes in grid.flat[len(panels) :]:
@@ -211,7 +221,7 @@ def plot_cost(rows: Sequence[Row], path: Path, *, title: str) -> None:
             axes.axhline(full[model], color="#888888", linestyle="--", linewidth=1)
         axes.set_title(" ".join(filter(None, (model, setting))), fontsize=10, loc="left")
         axes.set_yscale("log")
-        _bare(axes)
+        bare_axes(axes)
         axes.tick_params(labelsize=8, which="both")
         axes.set_xlabel("added MACs, %", fontsize=9)
     grid[0, 0].set_ylabel("perplexity", fontsize=9)

@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fptquant.errors import UserError
-from fptquant.models.adapter import BlockView, view_model
-from fptquant.models.instrument import iter_quantizers, set_modes
+from fptquant.evaluation.places import PLACES, run_window, watching
+from fptquant.models.adapter import view_model
+from fptquant.models.instrument import kept_modes, set_modes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where in a block activations are looked at."""
-
-    title: str
-    module: str
-    """Name in the adapter, or ``layer`` for the block itself."""
-    side: Literal["input", "output"]
-
-
-PLACES: dict[str, Place] = {
-    "attn_in": Place("input of q, k, v", "q_proj", "input"),
-    "k_out": Place("keys before RoPE", "k_proj", "output"),
-    "v_out": Place("values", "v_proj", "output"),
-    "o_in": Place("input of o_proj", "o_proj", "input"),
-    "mlp_in": Place("input of gate, up", "gate_proj", "input"),
-    "down_in": Place("input of down_proj", "down_proj", "input"),
-    "residual_mlp": Place("residual", "layer", "output"),
-}
-"""Site points shown in reports, in the order of the data flow."""
 
 
 @dataclass
@@ -70,7 +48,6 @@ def collect_activations(
     Shape:
         tokens: [T], int64
     """
-    blocks = view_model(model).blocks
     chosen = dict(map_layers) if map_layers is not None else {}
     statistics: ActivationStatistics = {name: SiteMagnitudes() for name in PLACES}
 
@@ -85,61 +62,15 @@ def collect_activations(
         site.largest.append(largest)
         site.median.append(float(magnitude.median()))
 
-    with _quantizers_off(model), _watching(blocks, note):
-        _forward(model, tokens)
+    with kept_modes(model), watching(model, note):
+        set_modes(model, "off")
+        run_window(model, tokens)
     return statistics
-
-
-@contextmanager
-def _quantizers_off(model: PreTrainedModel) -> Iterator[None]:
-    modes = {quantizer: quantizer.mode for _, quantizer in iter_quantizers(model)}
-    set_modes(model, "off")
-    try:
-        yield
-    finally:
-        for quantizer, mode in modes.items():
-            quantizer.mode = mode
 
 
 def map_layers_of(statistics: ActivationStatistics) -> dict[str, int]:
     """The layer whose map each place shows."""
     return {name: site.map_layer for name, site in statistics.items()}
-
-
-@contextmanager
-def _watching(blocks: Sequence[BlockView], note: Callable[[str, int, Tensor], None]) -> Iterator[None]:
-    """Calls ``note(place, layer, activation)`` for every place of every block during a forward pass."""
-    handles = []
-    for block in blocks:
-        for name, place in PLACES.items():
-            module = block.layer if place.module == "layer" else block.get(place.module)
-            handles.append(_hook(module, place, name, block.index, note))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hook(module: nn.Module, place: Place, name: str, index: int, note: Callable[[str, int, Tensor], None]) -> Any:
-    if place.side == "output":
-
-        def after(_: nn.Module, args: Any, output: Any) -> None:
-            note(name, index, output[0] if isinstance(output, tuple) else output)
-
-        return module.register_forward_hook(after)
-    # An online transform happens inside the linear: `prepare_input` is what the weight meets.
-    prepare = getattr(module, "prepare_input", None)
-
-    def before(_: nn.Module, args: Any) -> None:
-        note(name, index, args[0] if prepare is None else prepare(args[0]))
-
-    return module.register_forward_pre_hook(before)
-
-
-@torch.inference_mode()
-def _forward(model: PreTrainedModel, tokens: Tensor) -> None:
-    model(input_ids=tokens[None].to(model.device), use_cache=False, logits_to_keep=1)
 
 
 @dataclass(frozen=True)
@@ -172,7 +103,7 @@ def trace_residuals(model: PreTrainedModel, tokens: Tensor, *, seed: int = 0) ->
 
     handles = [layer.register_forward_hook(catch) for layer in view.layers]
     try:
-        _forward(model, tokens)
+        run_window(model, tokens)
     finally:
         for handle in handles:
             handle.remove()

@@ -59,8 +59,9 @@ class Row:
     def from_dict(cls, data: Mapping[str, Any]) -> Row:
         """The row that `as_dict` came from; numbers that JSON has as texts (infinity) are numbers again."""
         evaluation = Evaluation(**{**data["evaluation"], "perplexity": float(data["evaluation"]["perplexity"])})
-        cost = None if data["cost"] is None else RuntimeCost(*(data["cost"][key] for key in ("added", "linears", "scales")))
-        return cls(data["method"], data["setting"], evaluation, data["total_seconds"], cost, data["peak_bytes"])
+        found = data.get("cost")
+        cost = None if found is None else RuntimeCost(*(found[key] for key in ("added", "linears", "scales")))
+        return cls(data["method"], data["setting"], evaluation, data["total_seconds"], cost, data.get("peak_bytes"))
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,12 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
 def column_titles(rows: Sequence[Row]) -> list[str]:
     """The heads of the columns that a table of these rows has."""
     return [column.title for column in _columns(rows)]
+
+
+def texts(rows: Sequence[Row]) -> list[list[str]]:
+    """What the columns of a table show of each row."""
+    columns = _columns(rows)
+    return [[column.text(row) for column in columns] for row in rows]
 
 
 def format_perplexity(value: float) -> str:

@@ -8,8 +8,9 @@ import torch
 import fptquant as fq
 from fptquant.config.schema import QuantizationConfig
 from fptquant.errors import UserError
+from fptquant.evaluation.places import PLACES
 from fptquant.models.instrument import instrument
-from fptquant.reports.statistics import PLACES, block_errors, collect_activations, map_layers_of, trace_residuals
+from fptquant.reports.statistics import block_errors, collect_activations, map_layers_of, trace_residuals
 from fptquant.stages.set_ranges import set_activation_ranges_
 from tests.models.tiny import tiny_model, token_ids
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
