@@ -106,6 +106,9 @@ class LMEvalModel(HFLM):  # type: ignore[misc]
         pairs = [(len(context) + len(continuation), len(continuation)) for _, context, continuation in batch]
         lengths = [(min(both - 1, self.max_length), scored) for both, scored in pairs]  # the last token is no input
         self._last_logits = max(length for length, _ in lengths) - min(length - scored for length, scored in lengths)
+        rows = {(*context, *continuation[:-1]) for _, context, continuation in batch}
+        splits = {(len(context), *context, *continuation[:-1]) for _, context, continuation in batch}
+        self.logits_cache = len(rows) == len(splits)  # HFLM reads wrong positions where a shared row is split in two ways
         try:
             answers: list[Answer] = super()._loglikelihood_tokens(batch, disable_tqdm=True)
         finally:
