@@ -1,4 +1,4 @@
-"""Invented examples in the shapes of the five tasks, a tokenizer that lm-eval accepts, and lm-eval without its look at the machine."""
+"""Invented examples in the shapes of the five tasks, a tokenizer that lm-eval accepts, and lm-eval with less to say."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ PROMPTS: dict[str, list[tuple[str, str]]] = {
     ],
     "lambada_openai": [
         ("She had a dog,  so she walked the", " dog"),
-        ('"Stop,\" he said.\n"Who said', ' stop?"\n"Me'),
+        ('"Stop," he said.\n"Who said', ' stop?"\n"Me'),
         ("One and one is", " two"),
     ],
 }

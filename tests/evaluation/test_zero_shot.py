@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel
 
 pytest.importorskip("lm_eval", reason="needs lm-eval (pip install 'fptquant[eval]')")
@@ -152,7 +153,9 @@ def test_generated_answers_do_not_depend_on_the_batch(name: str) -> None:
     settings = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
     requests = [Instance("generate_until", {}, (text, settings), number) for number, text in enumerate(texts)]
     found = [
-        LMEvalModel(model, closing_tokenizer(), batch_size=size, progress=quiet, kept=None).generate_until(requests, disable_tqdm=True)
+        LMEvalModel(model, closing_tokenizer(), batch_size=size, progress=quiet, kept=None).generate_until(
+            requests, disable_tqdm=True
+        )
         for size in (1, 3)
     ]
     assert found[0] == found[1]
@@ -244,11 +247,33 @@ def test_bad_tasks_are_refused(tmp_path: Path, asked: str, message: str) -> None
         load_tasks(parse_tasks(asked.format(folder=folder)))
 
 
-def test_names_that_lm_eval_does_not_know_and_data_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    home = Path(lm_eval.tasks.__file__).parent / "piqa"  # all of lm-eval's descriptions take long to read
+@pytest.fixture
+def _few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval knows piqa alone: all of its descriptions take long to read; and the hub does not answer."""
+    home = Path(lm_eval.tasks.__file__).parent / "piqa"
     few = partial(lm_eval.tasks.TaskManager, include_defaults=False, include_path=[str(home)])
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", few)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.usefixtures("_few_tasks")
+def test_names_of_lm_eval_are_its_own_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [{key: row[key] for key in ("goal", "sol1", "sol2", "label")} for row in OWN["piqa"]]
+    parts = DatasetDict({split: Dataset.from_list(rows) for split in ("train", "validation")})
+    asked: list[object] = []
+    monkeypatch.setattr("datasets.load_dataset", lambda path, **options: asked.append(path) or parts)
+    shown: list[tuple[int, int, str]] = []
+    named = load_tasks(parse_tasks("piqa"), lambda *step: shown.append(step))
+    assert asked == ["baber/piqa"]
+    assert shown == [(done, 2, "tasks of lm-eval") for done in range(3)]
+    model, file = make("full precision"), write_tasks(tmp_path, SHARED) / "piqa.jsonl"
+    assert evaluate_zero_shot(model, closing_tokenizer(), named) == evaluate_zero_shot(model, closing_tokenizer(), f"piqa={file}")
+    with pytest.raises(UserError, match="the task piqa is given twice"):
+        load_tasks([*parse_tasks("piqa"), *parse_tasks("piqa")])
+
+
+@pytest.mark.usefixtures("_few_tasks")
+def test_names_that_lm_eval_does_not_know_and_data_that_cannot_be_had() -> None:
     with pytest.raises(UserError, match=r"lm-eval knows no task piqaa; did you mean piqa\?"):
         load_tasks(parse_tasks("piqaa"))
     with pytest.raises(UserError, match=r"data of lm-eval's task piqa cannot be had \(.*baber/piqa.*give a file: NAME=FILE\.jsonl"):
