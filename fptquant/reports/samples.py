@@ -50,7 +50,7 @@ def samples_rich_tables(samples: Samples) -> list[Table]:
     for number, prompt in enumerate(samples.prompts):
         table = Table(title=Text(f"sample {number + 1}: {visible(prompt)}"), title_justify="left", show_lines=True)
         for column in ("model", "same", "continuation"):
-            table.add_column(column)
+            table.add_column(column, overflow="fold")
         for line in samples.lines(number):
             table.add_row(*map(Text, line))  # texts as they are: brackets are no markup
         tables.append(table)

@@ -34,21 +34,19 @@ class ZeroShotRow:
         """Method, setting, the main metric of each task, and the mean."""
         mean = self.mean_accuracy
         main = [format_metric(score, score.main) for score in self.scores.values()]
-        return self.method, self.setting, *main, "-" if mean is None else f"{100 * mean:.1f} %"
+        return self.method, self.setting, *main, "-" if mean is None else f"{100 * mean:.1f}"
 
 
 def format_metric(score: TaskScore, metric: str) -> str:
-    """Accuracies in per cent, other metrics as they are, with their standard error.
+    """Accuracies in per cent, other metrics as they are, with their standard error; no space at which a terminal breaks lines.
 
     >>> score = TaskScore("piqa", "1.0", {"acc": 0.625, "perplexity": 16.318}, {"acc": 0.0775}, 40, 0)
     >>> format_metric(score, "acc"), format_metric(score, "perplexity")
-    ('62.5 ± 7.8 %', '16.32')
+    ('62.5±7.8', '16.32')
     """
-    accuracy = metric.startswith("acc")
-    factor, digits = (100, 1) if accuracy else (1, 2)
+    factor, digits = (100, 1) if metric.startswith("acc") else (1, 2)
     error = score.stderr.get(metric)
-    shown = f"{factor * score.metrics[metric]:.{digits}f}" + ("" if error is None else f" ± {factor * error:.{digits}f}")
-    return shown + (" %" if accuracy else "")
+    return f"{factor * score.metrics[metric]:.{digits}f}" + ("" if error is None else f"±{factor * error:.{digits}f}")
 
 
 def _columns(rows: Sequence[ZeroShotRow]) -> list[str]:
@@ -61,9 +59,10 @@ def zero_shot_caption(rows: Sequence[ZeroShotRow]) -> str:
     scores = rows[0].scores.values()
     counts = ", ".join(f"{score.task} {score.version}: {score.examples:,}" for score in scores)
     cut = sum(score.cut for row in rows for score in row.scores.values())
+    lost = f" {cut:,} texts were longer than the model's context and lost their beginning." if cut else ""
     return (
-        f"Zero-shot accuracy ± standard error by lm-eval; version of each task and number of examples: {counts}; mean: of the "
-        f"accuracies." + (f" {cut:,} texts were longer than the model's context and lost their beginning." if cut else "")
+        f"Zero-shot accuracy in per cent ± standard error, by lm-eval; version of each task and number of examples: {counts}; "
+        f"mean: of the accuracies.{lost}"
     )
 
 
@@ -73,7 +72,7 @@ def zero_shot_rich_table(rows: Sequence[ZeroShotRow]) -> Table:
 
     table = Table(title="zero-shot tasks", caption=zero_shot_caption(rows), caption_justify="left", title_justify="left")
     for column in _columns(rows):
-        table.add_column(column, justify="left" if column in ("method", "setting") else "right")
+        table.add_column(column, justify="left" if column in ("method", "setting") else "right", overflow="fold")
     for row in rows:
         table.add_row(*row.cells())
     return table
