@@ -211,7 +211,7 @@ def evaluate(
             "--tasks",
             metavar="TASK,...",
             help="Zero-shot tasks: names of lm-eval, NAME=FILE.jsonl, or a folder of NAME.jsonl (piqa, winogrande, arc_easy, "
-            "boolq, lambada). Needs pip install 'fptquant[eval]'.",
+            "boolq, lambada). Needs pip install 'fptquant\\[eval]'.",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="First examples of each task; all by default.")] = None,

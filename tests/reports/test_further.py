@@ -111,3 +111,7 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(
     refused = invoke("evaluate", home / "run", *TEXT, *arguments)
     assert refused.exit_code == 2, refused.output
     assert message in refused.stderr.replace("\n", " ")
+
+
+def test_help_names_the_extra() -> None:
+    assert "pip install 'fptquant[eval]'" in " ".join(invoke("evaluate", "--help").stdout.replace("│", " ").split())
