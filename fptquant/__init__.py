@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fptquant.config.tables import load_table
     from fptquant.diagnostics import diagnostics
     from fptquant.evaluation.evaluate import build_reference, evaluate
+    from fptquant.evaluation.zero_shot import evaluate_zero_shot
     from fptquant.models.loading import load_model
     from fptquant.models.saving import load_calibrated
     from fptquant.reports.grid import make_table
@@ -35,6 +36,7 @@ _HOMES = {
     "calibrate_streamed": "fptquant.stages.stream",
     "diagnostics": "fptquant.diagnostics",
     "evaluate": "fptquant.evaluation.evaluate",
+    "evaluate_zero_shot": "fptquant.evaluation.zero_shot",
     "load_calibrated": "fptquant.models.saving",
     "load_config": "fptquant.config.loading",
     "load_model": "fptquant.models.loading",
@@ -53,6 +55,7 @@ __all__ = [
     "calibrate_streamed",
     "diagnostics",
     "evaluate",
+    "evaluate_zero_shot",
     "load_calibrated",
     "load_config",
     "load_model",

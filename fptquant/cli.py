@@ -198,7 +198,8 @@ def run(
     epilog=(
         "[bold]Examples[/bold]\n\n"
         "fptquant evaluate runs/fptquant --text wikitext2 --window 2048\n\n"
-        "fptquant evaluate runs/rtn runs/mine --text wikitext2 --window 2048 --windows all --output runs/table"
+        "fptquant evaluate runs/rtn runs/mine --text wikitext2 --window 2048 --windows all --output runs/table\n\n"
+        "fptquant evaluate runs/mine --tasks piqa=piqa.jsonl,arc_challenge --limit 200 --samples 3"
     ),
 )
 @_guard
@@ -207,6 +208,19 @@ def evaluate(
     text: Annotated[str, typer.Option("--text", help="A text of fptquant ls, or a file.")] = "auto",
     windows: Annotated[str, typer.Option("--windows", help="How many of the text's first windows, or all.")] = "8",
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens of a window.")] = 1024,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            metavar="TASK,...",
+            help="Zero-shot tasks: names of lm-eval, NAME=FILE.jsonl, or a folder of NAME.jsonl (piqa, winogrande, arc_easy, "
+            "boolq, lambada). Needs pip install 'fptquant\\[eval]'.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="First examples of each task; all by default.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts of a task that are read at once.")] = 16,
+    seed: Annotated[int, typer.Option("--seed", help="For tasks that draw at random.")] = 0,
+    samples: Annotated[int, typer.Option("--samples", min=0, help="Show what each model says after so many prompts.")] = 0,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for the table and metrics; none by default.")] = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -217,7 +231,8 @@ def evaluate(
     """Evaluate calibrated models that were saved, in one table with full precision.
 
     The models come from one full-precision model. Perplexity, divergence from full precision and agreement are those of
-    fptquant run, on any text and any number of windows. With --output, an evaluation that is killed goes on with --resume.
+    fptquant run, on any text and any number of windows. --tasks adds accuracy on zero-shot tasks by lm-eval, --samples greedy
+    continuations of the text's beginnings. With --output, an evaluation that is killed goes on with --resume.
     """
     if windows != "all" and not (windows.isascii() and windows.isdigit() and int(windows) > 0):
         raise UserError(f"--windows {windows} is no number of windows; write at least 1, or all")
@@ -225,12 +240,13 @@ def evaluate(
 
     if launched() is not None:
         raise UserError("evaluate works in one process; start it without torchrun")
+    from fptquant.reports.further import Further
     from fptquant.reports.progress import Progress
     from fptquant.reports.saved import evaluate_saved
     from fptquant.reports.table import rich_table
 
     with processes(device, threads), Progress() as progress:
-        rows = evaluate_saved(
+        found = evaluate_saved(
             folders,
             text=text,
             windows="all" if windows == "all" else int(windows),
@@ -239,10 +255,11 @@ def evaluate(
             output=output,
             overwrite=overwrite,
             resume=resume,
+            further=Further(tasks=tasks, limit=limit, batch_size=batch_size, seed=seed, samples=samples),
             progress=progress,
         )
     console = Console(highlight=False)
-    console.print(rich_table(rows, title="evaluation"))
+    console.print(rich_table(found.rows, title="evaluation"), *found.further.tables(), sep="\n\n")
     if output is not None:
         console.print(f"written to {escape(output)}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +24,22 @@ from fptquant.files import KeptFiles
 from fptquant.models.loading import load_model
 from fptquant.models.saving import check_saved, load_calibrated
 from fptquant.reports.experiment import DTYPES
+from fptquant.reports.further import Further, FurtherMeasurements
 from fptquant.reports.processes import resolve_device
 from fptquant.reports.progress import Labeled
 from fptquant.reports.run_folder import write_json
 from fptquant.reports.table import Row, markdown_table
-from fptquant.reports.unfinished_run import EVALUATION, lasting_run_folder
+from fptquant.reports.unfinished_run import EVALUATION, check_run, lasting_run_folder
+
+_NOTHING = Further()
+
+
+@dataclass(frozen=True)
+class SavedEvaluation:
+    """The rows of one table, full precision first, and what else was measured."""
+
+    rows: list[Row]
+    further: FurtherMeasurements
 
 
 def find_saved(path: str | Path) -> Path:
@@ -73,54 +85,65 @@ def evaluate_saved(
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    further: Further = _NOTHING,
     progress: ProgressCallback,
-) -> list[Row]:
+) -> SavedEvaluation:
     """The rows of one table: the full-precision model, and each of the saved ones, on the same text.
 
     Args:
         paths: run folders, or folders that ``CalibrationResult.save`` or `fptquant.calibrate_streamed` wrote.
+        further: zero-shot tasks and samples, for each of the models; none by default.
         output: a folder for table, metrics and configs; none is written by default.
         resume: go on with an evaluation into the same folder that was killed.
 
     Raises:
-        UserError: before any long work, as `check_evaluation`, and if the text is too short or the output cannot be written.
+        UserError: before any long work, as `check_evaluation`, and if the text is too short, a task cannot be had, or the output
+            cannot be written.
     """
     configs = check_evaluation(paths)
-    asked = {"text": text, "windows": windows, "window": window}
+    asked: dict[str, Any] = {"text": text, "windows": windows, "window": window}
+    asked_for = {**asked, **further.description(), "models": [str(folder) for folder in configs]}
+    description = {"evaluation.yaml": yaml.safe_dump(asked_for, sort_keys=False)}
+    if output is not None:
+        check_run(output, description, overwrite=overwrite, resume=resume)
+    elif resume:
+        raise UserError("only an evaluation with an output folder leaves what can be gone on with; leave out --resume")
+    measurements = FurtherMeasurements(further, windows, progress)
     if output is None:
-        if resume:
-            raise UserError("only an evaluation with an output folder leaves what can be gone on with; leave out --resume")
-        return _evaluate(configs, asked, resolve_device(device), None, progress)
-    description = {"evaluation.yaml": yaml.safe_dump({**asked, "models": [str(folder) for folder in configs]}, sort_keys=False)}
+        return _evaluate(configs, asked, measurements, resolve_device(device), None, progress)
     with lasting_run_folder(output, description, overwrite=overwrite, resume=resume, lasting=()) as folder:
-        rows = _evaluate(configs, asked, resolve_device(device), KeptFiles(folder / EVALUATION), progress)
-        _write(folder, configs, rows, device)
-    return rows
+        found = _evaluate(configs, asked, measurements, resolve_device(device), KeptFiles(folder / EVALUATION), progress)
+        _write(folder, configs, found, device)
+    return found
 
 
 def _evaluate(
     configs: Mapping[Path, Config],
     asked: Mapping[str, Any],
+    further: FurtherMeasurements,
     device: torch.device,
     kept: KeptFiles | None,
     progress: ProgressCallback,
-) -> list[Row]:
+) -> SavedEvaluation:
     first = next(iter(configs.values()))
     model, tokenizer = load_model(first.model, dtype=DTYPES[first.dtype], device=device)
     longest = max(len(config.quantization.prefix or ()) for config in configs.values())
     check_window(model.config, asked["window"] + longest, f"the evaluation window with a prefix of {longest} tokens")
+    further.check(tokenizer)
     cache, evaluation = build_reference(model, tokenizer, **asked, progress=progress, kept=kept)
     rows = [Row(FULL_PRECISION, first.dtype, evaluation, evaluation.seconds)]
+    further.measure(model, tokenizer, rows[0], cache.tokens, kept, Labeled(progress, "full precision: "))
     del model
     for number, (folder, config) in enumerate(configs.items(), start=1):
-        calibrated, _ = load_calibrated(folder, device=str(device))
+        calibrated, tokenizer = load_calibrated(folder, device=str(device))
         labeled = Labeled(progress, f"{config.name} {config.quantization.label}: ")
         file = None if kept is None else kept.file(f"{number}.json")
         found = evaluate_windows(calibrated, cache.tokens, text_name=cache.text_name, reference=cache, progress=labeled, kept=file)
         seconds, cost = _calibration_seconds(folder) + found.seconds, runtime_cost(calibrated, config)
         rows.append(Row(config.name, config.quantization.setting, found, seconds, cost=cost))
+        further.measure(calibrated, tokenizer, rows[-1], cache.tokens, kept, labeled)
         del calibrated
-    return rows
+    return SavedEvaluation(rows, further)
 
 
 def _calibration_seconds(folder: Path) -> float:
@@ -128,8 +151,8 @@ def _calibration_seconds(folder: Path) -> float:
     return float(metrics["seconds"])
 
 
-def _write(folder: Path, configs: Mapping[Path, Config], rows: Sequence[Row], device: str) -> None:
-    model = next(iter(configs.values())).model
+def _write(folder: Path, configs: Mapping[Path, Config], found: SavedEvaluation, device: str) -> None:
+    model, rows = next(iter(configs.values())).model, found.rows
     (folder / "table.md").write_text(markdown_table(rows, title=f"evaluation: {model}"), encoding="utf-8")
     (folder / "configs").mkdir()
     for number, config in enumerate(configs.values(), start=1):
@@ -139,4 +162,7 @@ def _write(folder: Path, configs: Mapping[Path, Config], rows: Sequence[Row], de
     results = [row.as_dict() for row in rows]
     for result, path in zip(results[1:], configs, strict=True):
         result["folder"] = str(path)
+    for result, zero_shot in zip(results, found.further.metrics(), strict=False):  # of no model, if no task was asked for
+        result["zero_shot"] = zero_shot
+    found.further.write(folder, model)
     write_json(folder / "metrics.json", {"title": "evaluation", "model": model, "results": results})
