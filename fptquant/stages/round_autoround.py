@@ -6,8 +6,8 @@ quantized, where the setting does so), what the full-precision block gives for f
 gradients, the batch of each iteration drawn at random.
 
 An iteration counts by its loss as a share of what rounding to nearest has on the same windows, so that different batches compare;
-the best one is kept. If all windows together do not confirm it, the block stays rounded to nearest. With S_n hidden states are
-compared in units of the full-precision token's running scale.
+the best one is kept. If all windows together do not confirm it, the block stays rounded to nearest. With S_n, too, it is the true
+residual whose error counts.
 
 Memory: five times the hidden states of all windows of a process; while a block learns, its activations and their gradients for
 2,048 tokens at a time, and eight times its weights in float32 (offsets, the best ones, their gradients, quantized weights).
@@ -236,10 +236,13 @@ def _rows(state: PartState, rows: Tensor) -> PartState:
 
 def _losses(output: PartState, exact: PartState) -> Tensor:
     """Mean squared error of each window, [windows], float32 or wider."""
-    hidden = output.hidden.to(torch.promote_types(output.hidden.dtype, torch.float32))
-    if output.running_scale is not None and exact.running_scale is not None:
-        hidden = hidden * (output.running_scale / exact.running_scale)
-    return (hidden - exact.hidden).square().mean((1, 2))
+    return (_residual(output) - _residual(exact)).square().mean((1, 2))
+
+
+def _residual(state: PartState) -> Tensor:
+    """The true residual, also where S_n carries another, [windows, T, H]."""
+    hidden = state.hidden.to(torch.promote_types(state.hidden.dtype, torch.float32))
+    return hidden if state.running_scale is None else hidden * state.running_scale
 
 
 @dataclass(frozen=True)
