@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fptquant.errors import UserError
+from fptquant.models.hooks import hooked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,11 +40,8 @@ def last_hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     def catch(module: nn.Module, args: Any, output: Any) -> None:
         caught.append(output[0])
 
-    handle = model.base_model.register_forward_hook(catch)
-    try:
+    with hooked([model.base_model.register_forward_hook(catch)]):
         model(input_ids=tokens[None].to(model.device), use_cache=False, logits_to_keep=1)
-    finally:
-        handle.remove()
     return caught[0][0]
 
 
@@ -113,10 +111,6 @@ def first_nonfinite_module(model: PreTrainedModel, tokens: Tensor) -> str | None
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
-    try:
+    with hooked(module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name):
         model(input_ids=tokens[None].to(model.device), use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found[0] if found else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fptquant.models.adapter import view_model
+from fptquant.models.hooks import hooked
 from fptquant.models.instrument import kept_modes, set_modes
 from fptquant.stages.progress import Progress, quiet
 
@@ -57,11 +58,8 @@ def watching(model: PreTrainedModel, note: Note) -> Iterator[None]:
         for name, place in PLACES.items():
             module = block.layer if place.module == "layer" else block.get(place.module)
             handles.append(_hook(module, place, name, block.index, note))
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _hook(module: nn.Module, place: Place, name: str, index: int, note: Note) -> Any:

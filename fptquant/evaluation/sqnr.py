@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fptquant.evaluation.metrics import decibels, sqnr_db
 from fptquant.evaluation.places import run_window
 from fptquant.models.adapter import LINEAR_NAMES
+from fptquant.models.hooks import hooked
 from fptquant.models.instrument import iter_quantizers, kept_modes, set_modes
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.quantizers.quantizer import Quantizer, drop_kept
@@ -57,16 +58,12 @@ def quantizer_sqnr(model: PreTrainedModel, windows: Tensor, *, progress: Progres
         UserError: if a static quantizer has no range yet.
     """
     sums = {name: _Sums() for kind in ("activation", "kv_cache") for name, _ in iter_quantizers(model, kind)}
-    handles = [quantizer.register_forward_hook(sums[name]) for name, quantizer in iter_quantizers(model) if name in sums]
-    with kept_modes(model):
+    handles = (quantizer.register_forward_hook(sums[name]) for name, quantizer in iter_quantizers(model) if name in sums)
+    with kept_modes(model), hooked(handles):
         set_modes(model, "on")
-        try:
-            for index, tokens in enumerate(windows if sums else windows[:0]):
-                progress(index, len(windows), "SQNR of every site")
-                run_window(model, tokens)
-        finally:
-            for handle in handles:
-                handle.remove()
+        for index, tokens in enumerate(windows if sums else windows[:0]):
+            progress(index, len(windows), "SQNR of every site")
+            run_window(model, tokens)
         found = {name: decibels(both.signal, both.noise) for name, both in sums.items()}
         for module in model.modules():
             if isinstance(module, QuantizedLinear) and module.weight_quantizer is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fptquant.errors import UserError
 from fptquant.evaluation.places import PLACES, run_window, watching
 from fptquant.models.adapter import view_model
+from fptquant.models.hooks import hooked
 from fptquant.models.instrument import kept_modes, set_modes
 
 if TYPE_CHECKING:
@@ -101,12 +102,8 @@ def trace_residuals(model: PreTrainedModel, tokens: Tensor, *, seed: int = 0) ->
         x = (output[0] if isinstance(output, tuple) else output)[0].detach().double()
         outputs.append((x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)).float().cpu())
 
-    handles = [layer.register_forward_hook(catch) for layer in view.layers]
-    try:
+    with hooked(layer.register_forward_hook(catch) for layer in view.layers):
         run_window(model, tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
     weight = view.embedding.weight.detach()
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(weight), generator=generator)[: 4 * view.hidden_size]

@@ -15,8 +15,8 @@ this project's choice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fptquant import ops
 from fptquant.errors import UserError
 from fptquant.models.adapter import BlockView, view_model
+from fptquant.models.hooks import hooked
 from fptquant.models.streaming import PartialDecoder
 from fptquant.quantizers.gptq import Hessian
 from fptquant.quantizers.grid import Granularity, IntegerGrid
@@ -172,17 +173,11 @@ def find_scales_(
     return {name: _summary(places) for name, places in found.items()}
 
 
-@contextmanager
-def _watching(block: BlockView, seen: dict[str, Inputs], left_out: int) -> Iterator[None]:
+def _watching(block: BlockView, seen: dict[str, Inputs], left_out: int) -> AbstractContextManager[None]:
     def look(inputs: Inputs, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs.add(args[0][:, left_out:])
 
-    hooks = [block.linear(name).register_forward_pre_hook(partial(look, inputs)) for name, inputs in seen.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return hooked(block.linear(name).register_forward_pre_hook(partial(look, inputs)) for name, inputs in seen.items())
 
 
 def _set_place_(

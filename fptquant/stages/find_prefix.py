@@ -20,6 +20,7 @@ from fptquant.config.schema import Config
 from fptquant.data.windows import check_window
 from fptquant.errors import UserError
 from fptquant.models.adapter import view_model
+from fptquant.models.hooks import hooked
 from fptquant.models.prefix import check_prefix_length, check_prefix_model
 from fptquant.stages.progress import Progress, quiet
 
@@ -89,13 +90,9 @@ def massive_tokens(model: PreTrainedModel, windows: Tensor, prefix: Sequence[int
         found[row] |= is_massive(residual).to(found.device)
 
     before = torch.tensor(list(prefix), dtype=torch.int64)
-    handles = [layer.register_forward_hook(look) for layer in view.layers]
-    try:
+    with hooked(layer.register_forward_hook(look) for layer in view.layers):
         for row, window in enumerate(windows):  # noqa: B007 - the hook reads the row
             view.decoder(input_ids=torch.cat([before, window])[None].to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fptquant.errors import UserError
 from fptquant.files import KeptFiles
-from fptquant.models.instrument import iter_quantizers
+from fptquant.models.instrument import kept_modes, set_modes
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.models.streaming import PartState
 from fptquant.quantizers.autoround import AutoRoundOptions, LearnedRounding
@@ -63,7 +63,6 @@ class _AutoRound(BlockMethod):
         self.settings = (options, seed)
         self.units = options.iterations
         self._options, self._seed = options, seed
-        self._quantizers = [quantizer for _, quantizer in iter_quantizers(model)]
         self._shared = 1 < world_size() <= len(windows)
         self._own = own(torch.arange(len(windows))) if self._shared else torch.arange(len(windows))
         self._tokens = windows[self._own].to(model.device)
@@ -71,14 +70,9 @@ class _AutoRound(BlockMethod):
 
     @contextmanager
     def _full_precision(self) -> Iterator[None]:
-        modes = [quantizer.mode for quantizer in self._quantizers]
-        for quantizer in self._quantizers:
-            quantizer.mode = "off"
-        try:
+        with kept_modes(self.model):
+            set_modes(self.model, "off")
             yield
-        finally:
-            for quantizer, mode in zip(self._quantizers, modes, strict=True):
-                quantizer.mode = mode
 
     def begin(self) -> None:
         self._state = self.decoder.run(self._tokens, None)

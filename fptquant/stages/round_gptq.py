@@ -10,14 +10,13 @@ tokens x intermediate_size), and five float64 matrices of the size of a Hessian,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from fptquant.files import KeptFiles
+from fptquant.models.hooks import hooked
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.models.streaming import PartState
 from fptquant.quantizers.gptq import Factor, GPTQOptions, Hessian, factorize, gptq_round
@@ -76,16 +75,6 @@ class _Rounder:
         return factor
 
 
-@contextmanager
-def _rounding(linears: Iterable[QuantizedLinear], rounder: _Rounder) -> Iterator[None]:
-    hooks = [linear.register_forward_pre_hook(rounder.reached) for linear in linears]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 class _GPTQ(BlockMethod):
     """All windows go through a block at once, and its linears are rounded where they are reached."""
 
@@ -102,7 +91,7 @@ class _GPTQ(BlockMethod):
 
     def round_(self, linears: Linears, tick: Tick) -> dict[str, Any]:
         rounder = _Rounder(self.settings, shared=self._shared)
-        with _rounding(linears.values(), rounder):
+        with hooked(linear.register_forward_pre_hook(rounder.reached) for linear in linears.values()):
             self.go_on()
         return {name: asdict(report) for name, report in rounder.reports.items()}
 

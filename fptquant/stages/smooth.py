@@ -10,8 +10,8 @@ Source: Xiao et al., SmoothQuant, arXiv 2211.10438.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fptquant.errors import UserError
 from fptquant.models.adapter import BlockView, view_model
+from fptquant.models.hooks import hooked
 from fptquant.stages.fuse_norms import NORM_READERS
 from fptquant.stages.merge_transforms import check_block_count
 from fptquant.stages.progress import Progress, quiet
@@ -98,22 +99,16 @@ def _largest_inputs(
     return largest
 
 
-@contextmanager
-def _watching(blocks: Sequence[BlockView], largest: list[dict[str, Tensor]], left_out: int) -> Iterator[None]:
+def _watching(blocks: Sequence[BlockView], largest: list[dict[str, Tensor]], left_out: int) -> AbstractContextManager[None]:
     def look(places: dict[str, Tensor], name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         values = args[0][:, left_out:].abs().flatten(0, -2).amax(0).float()
         places[name] = torch.maximum(places[name], values) if name in places else values
 
-    hooks = [
+    return hooked(
         block.linear(name).register_forward_pre_hook(partial(look, largest[block.index], name))
         for block in blocks
         for name in READERS
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    )
 
 
 def _set_scales_(block: BlockView, transforms: BlockTransforms, activations: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:

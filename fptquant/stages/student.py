@@ -19,7 +19,7 @@ from fptquant.config.schema import LearningRates, TrainingConfig
 from fptquant.evaluation.hidden import first_nonfinite_module
 from fptquant.fingerprint import tensors_digest
 from fptquant.models.adapter import LINEAR_NAMES, view_model
-from fptquant.models.instrument import get_context, iter_quantizers
+from fptquant.models.instrument import get_context, iter_quantizers, kept_modes, set_modes
 from fptquant.models.merging import Merging
 from fptquant.models.prefix import model_prefixes, prefix_off
 from fptquant.models.quantized_linear import QuantizedLinear
@@ -99,7 +99,6 @@ class Student(nn.Module):
         self._groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
         self._remembered: dict[str, Tensor] = {}
         self._mixings = [m for m in transforms.modules() if isinstance(m, ValueMixing)]
-        self._quantizers = [quantizer for _, quantizer in iter_quantizers(model)]
         self._collect_transforms()
         self._collect_ranges()
         if settings.activation_checkpointing:
@@ -175,15 +174,9 @@ class Student(nn.Module):
     @contextmanager
     def _as_teacher(self) -> Iterator[None]:
         """The model without quantizers, without a prefix, and without transforms that are not merged."""
-        modes = [quantizer.mode for quantizer in self._quantizers]
-        for quantizer in self._quantizers:
-            quantizer.mode = "off"
-        try:
-            with self.context.teacher(), prefix_off(self.model):
-                yield
-        finally:
-            for quantizer, mode in zip(self._quantizers, modes, strict=True):
-                quantizer.mode = mode
+        with kept_modes(self.model), self.context.teacher(), prefix_off(self.model):
+            set_modes(self.model, "off")
+            yield
 
     def _prepare(self) -> None:
         """Computes what the weights of this step share, before the first of them needs it."""
