@@ -369,19 +369,20 @@ WITHOUT_INFLUENCE = frozenset({"checkpoint_seconds", "tensorboard", "shard_weigh
 
 
 class RoundingConfig(StrictModel):
-    """How weights are rounded, once transforms are merged and ranges set; nearest needs no text."""
+    """How weights are rounded, once transforms are merged and ranges set; nearest without ``clip`` needs no text."""
 
     method: Literal["nearest", "gptq", "autoround"] = "nearest"
     act_order: bool = Field(default=False, description="columns of large inputs first (gptq)")
     damping: float = Field(default=0.01, gt=0, description="share of the Hessian's mean diagonal that is added to it (gptq)")
     static_groups: bool = Field(default=True, description="keep the group ranges that were set before rounding (gptq)")
+    clip: bool = Field(default=False, description="narrow ranges so that the layers' outputs stay closest (nearest, gptq)")
     iterations: int = Field(default=200, ge=1, description="signed gradient steps of each block (autoround)")
     batch: int = Field(default=8, ge=1, description="windows of each iteration, at most all (autoround)")
     lr: float | None = Field(default=None, gt=0, description="first step, which falls to 0; null: 1 / iterations (autoround)")
     learn_clipping: bool = Field(default=True, description="learn the ends of the weights' ranges, too (autoround)")
-    text: str = Field(default="auto", min_length=1, description="as for training (gptq, autoround)")
-    windows: int = Field(default=32, ge=1, description="calibration windows (gptq, autoround)")
-    window: int = Field(default=512, ge=2, description="tokens of a window (gptq, autoround)")
+    text: str = Field(default="auto", min_length=1, description="as for training (clip, gptq, autoround)")
+    windows: int = Field(default=32, ge=1, description="calibration windows (clip, gptq, autoround)")
+    window: int = Field(default=512, ge=2, description="tokens of a window (clip, gptq, autoround)")
 
 
 class CalibrationConfig(StrictModel):
@@ -426,8 +427,8 @@ class Config(StrictModel):
 
     @property
     def rounds(self) -> bool:
-        """Whether weights are rounded by more than taking the nearest number of their grid."""
-        return self.rounding.method != "nearest" and self.quantization.weight.bits < 16
+        """Whether weights or their ranges are chosen for inputs, by more than taking the nearest number of their grid."""
+        return (self.rounding.method != "nearest" or self.rounding.clip) and self.quantization.weight.bits < 16
 
     @property
     def output_folder(self) -> str:

@@ -23,9 +23,10 @@ _RANGE_FIELDS = {
 }
 """The fields of a range that each static method reads."""
 
+_ROUNDING_TEXT = frozenset({"text", "windows", "window"})
 _ROUNDING_FIELDS = {
-    "nearest": frozenset[str](),
-    "gptq": frozenset({"act_order", "damping", "static_groups", "text", "windows", "window"}),
+    "nearest": frozenset({"clip"}),
+    "gptq": frozenset({"clip", "act_order", "damping", "static_groups", "text", "windows", "window"}),
     "autoround": frozenset({"iterations", "batch", "lr", "learn_clipping", "text", "windows", "window"}),
 }
 """The fields that each rounding method reads."""
@@ -207,11 +208,13 @@ def _training(config: Config) -> Iterator[WithoutEffect]:
 def _rounding(config: Config) -> Iterator[WithoutEffect]:
     rounding, weight = config.rounding, config.quantization.weight
     for name in type(rounding).model_fields:
+        if rounding.clip and name in _ROUNDING_TEXT:
+            continue
         readers = [method for method, fields in _ROUNDING_FIELDS.items() if name in fields]
         if name != "method" and rounding.method not in readers:
             message = f"rounding.method = {rounding.method} does not read it; set rounding.method={readers[0]} or remove it"
             yield from _changed(rounding, "rounding", [name], message, by_label=False)
-    if rounding.method == "nearest":
+    if not rounding.clip and rounding.method == "nearest":
         return
     if weight.bits == 16:
         message = "weights are in full precision; set quantization.weight.bits or remove it"

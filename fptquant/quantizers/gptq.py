@@ -38,11 +38,17 @@ class GPTQOptions:
     """Share of the mean diagonal entry that is added to the diagonal of the Hessian."""
     static_groups: bool = True
     """Group ranges are those of the weight before rounding, instead of being set when their first column is reached."""
+    clip: bool = False
+    """Ranges are narrowed first, so that rounding to nearest leaves the outputs closest (`fptquant.quantizers.clip_range`)."""
 
     def __post_init__(self) -> None:
         if self.damping <= 0:
             raise UserError(
                 f"damping = {self.damping}: the Hessian of few inputs has no inverse without it; choose a positive share"
+            )
+        if self.clip and not self.static_groups:
+            raise UserError(
+                "static_groups = false sets ranges anew, clip = true narrows those that were set; set one of them otherwise"
             )
         if self.act_order and not self.static_groups:
             raise UserError(

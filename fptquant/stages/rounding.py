@@ -13,6 +13,7 @@ from fptquant.data.windows import check_window
 from fptquant.files import KeptFiles
 from fptquant.quantizers.autoround import AutoRoundOptions
 from fptquant.quantizers.gptq import GPTQOptions
+from fptquant.stages.clip_ranges import clip_ranges_
 from fptquant.stages.progress import Progress, quiet
 from fptquant.stages.round_autoround import round_autoround_
 from fptquant.stages.round_gptq import round_gptq_
@@ -81,7 +82,7 @@ def round_(
     """
     kept = None if folder is None else KeptFiles(folder / FOLDER)
     windows = data.train[: round(len(data.train) / max(data.epochs, 1.0))]  # a text that is too short repeats: once is enough
-    method = {"gptq": _gptq_, "autoround": _autoround_}[config.rounding.method]
+    method = {"nearest": _clip_, "gptq": _gptq_, "autoround": _autoround_}[config.rounding.method]
     found = method(model, windows, config, kept=kept, belongs_to=belongs_to, resume=resume, progress=progress)
     return {
         "method": config.rounding.method,
@@ -94,13 +95,19 @@ def round_(
 
 def _gptq_(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any) -> dict[str, Any]:
     settings = config.rounding
-    options = GPTQOptions(act_order=settings.act_order, damping=settings.damping, static_groups=settings.static_groups)
+    options = GPTQOptions(
+        act_order=settings.act_order, damping=settings.damping, static_groups=settings.static_groups, clip=settings.clip
+    )
     found = round_gptq_(model, windows, options, **pass_)
     return {
         "seconds": found.seconds,
         "damped_further": [name for name, report in found.linears.items() if report.damping > options.damping],
         "linears": {name: asdict(report) for name, report in found.linears.items()},
     }
+
+
+def _clip_(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any) -> dict[str, Any]:
+    return asdict(clip_ranges_(model, windows, **pass_))
 
 
 def _autoround_(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any) -> dict[str, Any]:

@@ -129,8 +129,8 @@ def _check_streamable(config: Config) -> None:
         raise UserError("smoothing looks at the activations of the whole model; set smoothing=null, or calibrate in memory")
     if config.rounds:
         raise UserError(
-            f"rounding.method = {config.rounding.method} is not possible with streaming; set rounding.method=nearest, or calibrate "
-            "in memory"
+            f"rounding.method = {config.rounding.method}{' with clip' * config.rounding.clip} is not possible with streaming; set "
+            "rounding={}, or calibrate in memory"
         )
     if config.training is not None:
         raise UserError("training needs the whole model in memory; set training=null, or run without streaming")

@@ -133,13 +133,21 @@ def test_channels_that_carry_nothing_and_inputs_that_are_not_finite() -> None:
 
 def test_as_a_method_it_serves_rounding_better_than_none() -> None:
     model = model_of(dtype=torch.float32, vocab_size=VOCABULARY)
-    small = ["quantization=w3a16", "quantization.prefix=null", "calibration={text: topics, windows: 3, window: 20}"]
+    small = [
+        "quantization=w3a16",
+        "quantization.prefix=null",
+        "calibration={text: topics, windows: 3, window: 20}",
+        "evaluation.window=20",
+    ]
     errors = {}
     for method in ("rtn", "awq"):
-        config = fq.load_config(method, *small, "quantization.weight.range={method: min_max}")
+        rounding = ["rounding={clip: true, text: topics, windows: 3, window: 20}"] if method == "awq" else []
+        config = fq.load_config(method, *small, *rounding)
         result = fq.calibrate(model, tiny_tokenizer(), config, progress=quiet)
         errors[method] = relative_error(logits(result.model), logits(model))
         if method == "awq":
+            clipped = result.metrics["rounding"]["linears"].values()
+            assert sum(entry["after"] for entry in clipped) < sum(entry["before"] for entry in clipped)
             assert set(result.metrics["smoothing"]) == {"attn_in_scaling", "mlp_in_scaling", "value_mixing", "up_scaling"}
     assert errors["awq"] < errors["rtn"]
 
