@@ -28,8 +28,8 @@ from torch.nn.functional import linear
 
 from fptquant import ops
 from fptquant._core import build_info
+from fptquant.memory import peak_bytes, reset_peak
 from fptquant.ops.reference_divergence import divergence as in_float64
-from fptquant.reports.memory import peak_bytes, reset_peak
 
 LOGITS_SHAPE = (128, 128256)
 TOKENS = (64, 256, 1024, 4096)

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from fptquant.memory import peak_bytes, reset_peak
 from fptquant.models.adapter import view_model
 from fptquant.models.loading import load_model
-from fptquant.reports.memory import peak_bytes, reset_peak
 from fptquant.stages.block_pool import map_blocks
 from fptquant.stages.fuse_norms import fuse_norms_
 from fptquant.stages.merge_transforms import model_sizes

@@ -7,7 +7,6 @@ embeddings, hooks and the forward context are therefore those of any other pass.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,13 +96,6 @@ def empty_(module: nn.Module) -> None:
     """Moves the parameters of a module to the meta device: their memory is free."""
     for name, parameter in list(module.named_parameters()):
         put_parameter_(module, name, torch.empty_like(parameter, device="meta"))
-
-
-def return_memory() -> None:
-    """Gives freed memory back to the system, where the C library keeps it for later: many megabytes after each stage."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
-    if trim is not None:
-        trim(0)
 
 
 @dataclass

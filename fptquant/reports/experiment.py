@@ -18,9 +18,9 @@ from fptquant.evaluation.cost import runtime_cost
 from fptquant.evaluation.evaluate import build_reference, evaluate_windows, evaluation_windows
 from fptquant.evaluation.teacher import ProgressCallback, TeacherCache
 from fptquant.files import KeptFiles
+from fptquant.memory import peak_bytes, reset_peak
 from fptquant.models.adapter import view_model
 from fptquant.models.loading import load_model
-from fptquant.reports.memory import peak_bytes, reset_peak
 from fptquant.reports.plots import plot_activations, plot_block_errors, plot_outliers
 from fptquant.reports.processes import resolve_device
 from fptquant.reports.run_folder import RUN_MARKER, write_json

@@ -20,6 +20,7 @@ from torch import Tensor
 from fptquant.errors import UserError
 from fptquant.files import KeptFile, KeptFiles, read_file, to_bytes
 from fptquant.fingerprint import model_digest, tensors_digest
+from fptquant.memory import reused_memory
 from fptquant.models.adapter import LINEAR_NAMES, BlockView, view_model
 from fptquant.models.instrument import get_context
 from fptquant.models.quantized_linear import QuantizedLinear
@@ -154,6 +155,13 @@ def round_blocks_(
     Raises:
         UserError: if a weight has no quantizer, or transforms are not merged yet.
     """
+    with reused_memory():
+        return _round_blocks_(method, kept, belongs_to, resume, progress)
+
+
+def _round_blocks_(
+    method: BlockMethod, kept: KeptFiles | None, belongs_to: str, resume: bool, progress: Progress
+) -> list[RoundedBlock]:
     view, decoder = view_model(method.model), method.decoder
     linears = [_linears(block) for block in view.blocks]
     if kept is not None:

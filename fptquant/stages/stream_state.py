@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fptquant.files import replace_file
-from fptquant.models.streaming import return_memory
+from fptquant.memory import return_memory
 
 
 @dataclass

@@ -249,7 +249,7 @@ import sys
 import torch
 torch.set_num_threads(1)
 import fptquant as fq
-from fptquant.models.streaming import return_memory
+from fptquant.memory import return_memory
 from tests.memory import memory
 config = fq.load_config("fptquant-local", *sys.argv[4:])
 for number, model in enumerate(sys.argv[1:4]):  # the first imports and builds what is needed once
