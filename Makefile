@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml setup.py $(shell find csrc -name '*.[ch]') | $(BIN)/pyt
 setup: $(STAMP)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check

@@ -259,7 +259,7 @@ def evaluate(
             progress=progress,
         )
     console = Console(highlight=False)
-    console.print(rich_table(found.rows, title="evaluation"), *found.further.tables(), sep="\n\n")
+    console.print(rich_table(found.rows, title="evaluation", width=console.width), *found.further.tables(), sep="\n\n")
     if output is not None:
         console.print(f"written to {escape(output)}")
 
@@ -353,7 +353,7 @@ def table(
             made = make_table(grid, overwrite=overwrite, resume=resume, save=save, progress=progress)
         if is_main():
             console = Console(highlight=False)
-            console.print(rich_table(made.rows, title=grid.name))
+            console.print(rich_table(made.rows, title=grid.name, width=console.width))
             console.print(f"written to {escape(str(made.folder))}")
             for row in made.failed:
                 console.print(f"[bold red]failed:[/] {escape(f'{row.method}, {row.setting}: {row.error}')}")
@@ -391,7 +391,7 @@ def _run(config: Config, overwrite: bool, resume: bool, save: bool, threads: int
             )
         if is_main():
             console = Console(highlight=False)
-            console.print(rich_table(experiment.rows, title=title))
+            console.print(rich_table(experiment.rows, title=title, width=console.width))
             console.print(f"written to {escape(str(experiment.folder))}")
 
 

@@ -128,7 +128,7 @@ def test_a_run_writes_everything(model: Path, tmp_path: Path) -> None:
     assert environment["versions"]["torch"] == torch.__version__
     assert environment["seed"] == 0
     repeated = invoke("validate", output / "config.yaml")
-    assert "is valid: smoke, w4a4kv4-dynamic" in repeated.stdout.replace("\n", " ")
+    assert "is valid: smoke, w4a4kv4-dynamic" in " ".join(repeated.stdout.split())
     again = invoke("run", output, "--output", output)
     assert again.exit_code == 2
     assert "holds another run" in again.stderr
@@ -145,6 +145,7 @@ def test_the_same_seed_gives_the_same_result(model: Path, tmp_path: Path, monkey
 
 
 def test_a_table_searches_for_the_prefix_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fptquant.reports.experiment._plot", lambda *arguments: None)
     monkeypatch.setattr(find_prefix, "MASSIVE", 1.0)
     monkeypatch.setattr(find_prefix, "MASSIVE_RATIO", 5.0)
     searches: list[int] = []

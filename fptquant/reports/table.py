@@ -72,6 +72,8 @@ class _Column:
     text: Callable[[Row], str]
     right: bool = True
     always: bool = False
+    wide: bool = False
+    """Left out of narrow terminals; files have it."""
 
 
 def _of_evaluation(show: Callable[[Evaluation], str]) -> Callable[[Row], str]:
@@ -105,11 +107,15 @@ _ALL_COLUMNS = (
     _Column("published", _published),
     _Column("JSD", _of_evaluation(lambda found: _optional(found.jsd, "{:.4f}".format)), always=True),
     _Column("top-1", _of_evaluation(lambda found: _optional(found.top1_agreement, _percent)), always=True),
-    _Column("added MACs", lambda row: "-" if row.cost is None or not row.cost.added else f"{100 * row.cost.share:.2f} %"),
-    _Column("scales", lambda row: "-" if row.cost is None else row.cost.scales.replace("none", "-")),
+    _Column(
+        "added MACs", lambda row: "-" if row.cost is None or not row.cost.added else f"{100 * row.cost.share:.2f} %", wide=True
+    ),
+    _Column("scales", lambda row: "-" if row.cost is None else row.cost.scales.replace("none", "-"), wide=True),
     _Column("seconds", lambda row: _optional(row.seconds, "{:.1f}".format), always=True),
-    _Column("peak MiB", lambda row: _optional(row.peak_bytes, lambda size: f"{size / 2**20:,.0f}")),
+    _Column("peak MiB", lambda row: _optional(row.peak_bytes, lambda size: f"{size / 2**20:,.0f}"), wide=True),
 )
+_WIDE = 110
+"""Characters of a terminal that shows all columns."""
 _MEANINGS = {
     "JSD": "mean Jensen-Shannon divergence from the full-precision model in nats",
     "top-1": "how often both find the same token likeliest",
@@ -159,13 +165,13 @@ def caption(rows: Sequence[Row]) -> str:
     return measured + "; ".join(f"{title}: {meaning}" for title, meaning in _MEANINGS.items() if title in shown) + "."
 
 
-def rich_table(rows: Sequence[Row], *, title: str) -> Table:
-    """The table for a terminal."""
+def rich_table(rows: Sequence[Row], *, title: str, width: int = _WIDE) -> Table:
+    """The table for a terminal of so many characters a line."""
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, caption=caption(rows), caption_justify="left", title_justify="left")
-    columns = _columns(rows)
+    columns = [column for column in _columns(rows) if width >= _WIDE or not column.wide]
     for column in columns:
         # a long setting takes several lines
         table.add_column(column.title, justify="right" if column.right else "left", no_wrap=column.title != "setting")
