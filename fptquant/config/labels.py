@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from fptquant.errors import UserError
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _LABEL = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)(?:kv(?P<kv>\d+))?(?:-(?P<ranges>static|dynamic))?(?:-g(?P<group>\d+))?")
 
-AUTO_PREFIX = "auto"
+AUTO_PREFIX: Final = "auto"
 """The prefix is searched for."""
 
 EXAMPLE_LABELS: dict[str, str] = {

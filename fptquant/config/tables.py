@@ -111,7 +111,7 @@ def table_cells(table: TableConfig) -> list[Cell]:
 
     Raises:
         UserError: every mistake of every cell at once; if two cells are one; if cells of one model differ in what they share
-            with its full-precision row: evaluation, dtype and device.
+            with its full-precision row: the model itself, evaluation, dtype and device.
     """
     cells: list[Cell] = []
     problems: list[str] = []
@@ -149,4 +149,6 @@ def _apart(cells: Sequence[Cell]) -> list[str]:
         for key in ("evaluation", "dtype", "device"):
             if getattr(cell.config, key) != getattr(shared, key):
                 found.append(f"{cell.folder}: {key} is another than that of {shared.name}; set it for the whole table or model")
+        if cell.config.model != cell.model.model:
+            found.append(f"{cell.folder}: an override names another model, {cell.config.model}; give it among the table's models")
     return found

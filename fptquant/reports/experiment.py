@@ -36,7 +36,7 @@ from fptquant.reports.table import Row, markdown_table
 from fptquant.reports.unfinished_run import EVALUATION, check_run, config_files, lasting_run_folder, note_checkpoint
 from fptquant.stages.calibrate import CalibrationResult, calibrate, calibration_windows, check_model
 from fptquant.stages.distributed import is_main, main_first, main_holds, on_main, world_size
-from fptquant.stages.find_prefix import check_prefix, with_prefix
+from fptquant.stages.find_prefix import check_prefix
 from fptquant.stages.rounding import check_rounding
 from fptquant.stages.train import check_training
 
@@ -209,10 +209,16 @@ def run_config(
     searched = None
     if config.quantization.prefix == AUTO_PREFIX and config.quantization.quantized_sites:
         searched = f"{config.calibration} {config.seed}"
-    known = with_prefix(config, baseline.prefixes[searched]) if searched in baseline.prefixes else config
     reset_peak()
     result: CalibrationResult = calibrate(
-        baseline.model, baseline.tokenizer, known, in_place=in_place, folder=folder, resume=resume, progress=progress
+        baseline.model,
+        baseline.tokenizer,
+        config,
+        found_prefix=AUTO_PREFIX if searched is None else baseline.prefixes.get(searched, AUTO_PREFIX),
+        in_place=in_place,
+        folder=folder,
+        resume=resume,
+        progress=progress,
     )
     peak = peak_bytes()
     if searched is not None:

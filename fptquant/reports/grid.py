@@ -60,7 +60,7 @@ def make_table(
         progress: called as ``progress(done, total, description)``; a progress bar by default.
 
     Raises:
-        UserError: as `check_table`, before anything is done.
+        UserError: as `check_table`, before anything is done; if a table is to be overwritten and its first cell cannot be run.
 
     Example:
         >>> made = make_table(load_table("demo", "settings=[w4a16]"))  # doctest: +SKIP
@@ -70,6 +70,8 @@ def make_table(
             return make_table(table, overwrite=overwrite, resume=resume, save=save, progress=bars)
     folder = Path(table.output_folder).absolute()
     cells = on_main(lambda: check_table(table, overwrite=overwrite, resume=resume))
+    if overwrite and on_main((folder / GRID).is_file):
+        open_model(cells[0].config)  # what is there is not given up for a model that cannot be had
     with main_holds(lambda: grid_folder(folder, anew=overwrite or not resume)):
         if is_main():
             replace_file(folder / GRID, dump_config(table).encode())

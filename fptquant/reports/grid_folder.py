@@ -78,6 +78,7 @@ def grid_folder(folder: Path, *, anew: bool) -> Iterator[None]:
     make_parents(folder.parent)
     folder.mkdir(exist_ok=True)
     with alone(folder, folder):
-        for entry in folder.iterdir() if anew else ():
+        # the mark last: a folder without it, after a kill, would be nobody's
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == GRID) if anew else ():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         yield

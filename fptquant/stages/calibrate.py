@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -217,6 +217,7 @@ def calibrate(
     config: Config,
     *,
     text: str | Text | None = None,
+    found_prefix: list[int] | Literal["auto"] | None = "auto",
     in_place: bool = False,
     folder: Path | None = None,
     resume: bool = False,
@@ -231,6 +232,7 @@ def calibrate(
 
     Args:
         text: calibration text instead of ``config.calibration.text``.
+        found_prefix: what the search of ``prefix: auto`` has found before on this model and text; ``auto``: it is searched for.
         folder: where training keeps its checkpoint and metrics.jsonl, and the stages before it what they have found; nowhere by
             default.
         resume: go on from what is kept in ``folder``.
@@ -253,7 +255,7 @@ def calibrate(
         data = on_main(lambda: training_data(model, tokenizer, config, progress=bars))  # fetched or sampled once
         to_round = on_main(lambda: rounding_data(model, tokenizer, config, progress=bars))
         calibrated = model if in_place else copy.deepcopy(model)
-        return _calibrate_(calibrated, tokenizer, config, sizes, windows, data, to_round, folder, resume, bars)
+        return _calibrate_(calibrated, tokenizer, config, sizes, windows, data, to_round, found_prefix, folder, resume, bars)
 
 
 def _calibrate_(
@@ -264,6 +266,7 @@ def _calibrate_(
     windows: Tensor,
     data: TrainingData | None,
     to_round: TrainingData | None,
+    found_prefix: list[int] | Literal["auto"] | None,
     folder: Path | None,
     resume: bool,
     progress: ProgressCallback,
@@ -275,9 +278,12 @@ def _calibrate_(
     # before anything is merged: merged weights differ in the last bits from machine to machine
     weights = "" if data is None and folder is None else weights_digest(calibrated.named_parameters())
     file = None if folder is None else folder / PREPARED
+    # of the config as it was given, whoever has searched for its prefix
     belongs_to = {**fingerprint(config, weights), "seed": config.seed, "windows": tensors_digest(windows)}
     earlier = on_main(lambda: load_prepared(file, belongs_to)) if file is not None and resume else None
     stage = _Stages({} if earlier is None else earlier.seconds)
+    if config.quantization.prefix == AUTO_PREFIX and found_prefix != AUTO_PREFIX:
+        config = with_prefix(config, found_prefix)
     config, transforms, report = _prepare_(calibrated, tokenizer, config, sizes, windows, earlier, stage, progress)
     long = data is not None or sum(stage.seconds.values()) >= WORTH_KEEPING
     if file is not None and earlier is None and long and is_main():

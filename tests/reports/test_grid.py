@@ -19,7 +19,9 @@ from fptquant.evaluation.evaluate import Evaluation
 from fptquant.reports import experiment
 from fptquant.reports.grid import Table, make_table
 from fptquant.reports.table import Row, rich_table
+from fptquant.stages import find_prefix
 from fptquant.stages.progress import quiet
+from fptquant.training.checkpoint import Checkpoint, save_checkpoint
 from tests.tiny_folder import save_tiny_folder
 
 SMALL = [
@@ -203,6 +205,40 @@ def test_a_killed_table_goes_on_and_may_grow(model: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_a_table_is_not_given_up_for_a_model_that_cannot_be_had(model: Path, tmp_path: Path) -> None:
+    make(grid(tmp_path / "out", model, methods=["rtn"], settings=["w4a16"]))
+    with pytest.raises(UserError, match="nowhere"):
+        make(grid(tmp_path / "out", tmp_path / "nowhere", methods=["rtn"], settings=["w4a16"]), overwrite=True)
+    assert (tmp_path / "out" / "cells" / "tiny" / "rtn-w4a16" / "metrics.json").is_file()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_killed_cell_goes_on_with_the_prefix_that_another_has_searched_for(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second cell of a session is given what the first has found; when it goes on it is the first, and searches itself."""
+    monkeypatch.setattr(find_prefix, "MASSIVE", 1.0)
+    monkeypatch.setattr(find_prefix, "MASSIVE_RATIO", 5.0)
+    training = ["training={steps: 3, window: 32, text: topics, held_out_windows: 1, evaluate_every: 1, checkpoint_seconds: 0}"]
+    settings = {"methods": ["rtn"], "settings": ["w4a8kv8-static", "w4a4kv4-static"], "overrides": [*SMALL, *training]}
+    whole = make(grid(tmp_path / "whole", model, **settings))
+    assert "prefix of" in whole.rows[2].setting
+
+    def stop(path: Path, saved: Checkpoint) -> None:
+        save_checkpoint(path, saved)
+        if "w4a4" in str(path) and saved.position.step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fptquant.stages.train_end_to_end.save_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            make(grid(tmp_path / "out", model, **settings))
+    gone_on = make(grid(tmp_path / "out", model, **settings), resume=True)
+    assert gone_on.failed == []
+    assert scores(gone_on) == scores(whole)
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_model_that_cannot_be_had(model: Path, tmp_path: Path) -> None:
     listener = Listener()
     models = [{"name": "missing", "model": str(tmp_path / "nowhere")}, str(model)]
@@ -241,6 +277,8 @@ def test_mistakes_are_found_before_anything_is_done(model: Path, tmp_path: Path)
     assert "is there twice" in refused(methods=["rtn", {"name": "rtn", "method": "rtn-lp"}])
     other = {"name": "long", "method": "rtn", "overrides": ["evaluation.windows=3"]}
     assert "evaluation is another than that of rtn" in refused(methods=["rtn", other])
+    elsewhere = {"name": "elsewhere", "method": "rtn", "overrides": ["model=other"]}
+    assert "an override names another model, other" in refused(methods=["rtn", elsewhere])
     assert "settings" in refused(settings=[])
     published = {"model": "tinny", "method": "rtn", "setting": "w4a16", "perplexity": 5.0, "source": "a paper"}
     assert "tinny is none of the models tiny" in refused(published=[published])

@@ -26,7 +26,7 @@ SHORT = (
 
 def calibrate(*overrides: str, folder: Path | None = None) -> CalibrationResult:
     model = tiny_model("LlamaForCausalLM", vocab_size=VOCABULARY)
-    config = fq.load_config("spinquant", *SHORT, *overrides)
+    config = fq.load_config("spinquant", *SHORT, "training.weights=full_precision", *overrides)
     return fq.calibrate(model, tiny_tokenizer(), config, folder=folder, progress=quiet)
 
 
@@ -71,6 +71,6 @@ def test_it_differs_from_training_with_quantized_weights_and_gptq_may_follow() -
 
 def test_a_rate_for_ranges_that_are_not_trained_is_refused() -> None:
     with pytest.raises(UserError, match=r"training\.lr\.weight_range: has no effect: training\.weights = full_precision"):
-        fq.load_config("spinquant", "training.lr.weight_range=0.01")
+        fq.load_config("spinquant-gptq", "training.lr.weight_range=0.01")
     with pytest.raises(UserError, match=r"training\.weights: has no effect"):
         fq.load_config("fptquant", "quantization=w16a8", "training.weights=full_precision")
