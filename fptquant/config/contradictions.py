@@ -85,6 +85,12 @@ def _smoothing(config: Config) -> Iterator[Contradiction]:
             ("smoothing", "transforms"),
             "there is nothing that it could set; use transforms.norm_scaling, transforms.up_scaling or transforms.value_mixing",
         )
+    online = [name for name in ("down_hadamard", "out_hadamard") if getattr(transforms, name) is not None]
+    if config.smoothing.method == "awq" and online:
+        yield Contradiction(
+            ("smoothing.method", f"transforms.{online[0]}"),
+            f"awq looks for scales that nothing follows, but {' and '.join(online)} mixes the scaled channels; leave one out",
+        )
     mixing = transforms.value_mixing
     if mixing is not None and mixing.constraint == "orthogonal":
         yield Contradiction(

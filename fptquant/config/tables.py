@@ -73,11 +73,11 @@ class TableConfig(StrictModel):
         """``output`` with its placeholder filled in."""
         return self.output.replace("{name}", self.name)
 
-    def published_perplexity(self, model: str, method: str, setting: str | None) -> float | None:
+    def published_value(self, model: str, method: str, setting: str | None) -> Published | None:
         """What a paper prints for this cell."""
         for value in self.published:
             if (value.model, value.method, value.setting) == (model, method, setting):
-                return value.perplexity
+                return value
         return None
 
 

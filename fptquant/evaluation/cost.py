@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fptquant.config.schema import Config
+from fptquant.config.schema import CACHE_SITES, Config
 from fptquant.models.adapter import view_model
 from fptquant.ops.hadamard import hadamard_additions
 from fptquant.transforms.out_hadamard import mixed_size
@@ -74,8 +74,7 @@ def runtime_cost(model: PreTrainedModel, config: Config) -> RuntimeCost:
 
 def _scales(config: Config) -> Scales:
     quantization = config.quantization
-    if not quantization.quantized_sites:
+    parts = {quantization.kv_cache if site in CACHE_SITES else quantization.activation for site in quantization.quantized_sites}
+    if not parts:
         return "none"
-    static = quantization.has_static_range("activation") or quantization.has_static_range("kv_cache")
-    dynamic = any(part.dynamic and part.bits < 16 for part in (quantization.activation, quantization.kv_cache))
-    return "dynamic" if dynamic or not static else "static"
+    return "dynamic" if any(part.dynamic for part in parts) else "static"

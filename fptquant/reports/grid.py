@@ -125,8 +125,9 @@ class _Grid:
 
     def _complete(self, row: Row, model: TableModel, setting: str | None) -> Row:
         several = len(self.table.models) > 1
-        published = self.table.published_perplexity(model.name, row.method, setting)
-        return replace(row, model=model.name if several else None, published=published)
+        row = replace(row, model=model.name if several else None)
+        value = self.table.published_value(model.name, row.method, setting)
+        return row if value is None else replace(row, published=value.perplexity, source=value.source)
 
     def write(self) -> None:
         """Writes the table's texts as things stand."""

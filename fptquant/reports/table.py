@@ -33,6 +33,8 @@ class Row:
     model: str | None = None
     published: float | None = None
     """The perplexity that a paper prints for this row."""
+    source: str | None = None
+    """Which paper."""
     config: str | None = None
     """Where the resolved config lies, seen from the table's file."""
     error: str | None = None
@@ -52,7 +54,11 @@ class Row:
             "evaluation": None if self.evaluation is None else self.evaluation.as_dict(),
             "cost": None if self.cost is None else self.cost.as_dict(),
             "peak_bytes": self.peak_bytes,
-            **{key: value for key in ("model", "published", "config", "error") if (value := getattr(self, key)) is not None},
+            **{
+                key: value
+                for key in ("model", "published", "source", "config", "error")
+                if (value := getattr(self, key)) is not None
+            },
         }
 
     @classmethod
@@ -162,7 +168,9 @@ def caption(rows: Sequence[Row]) -> str:
     tokens = sorted({evaluation.tokens for evaluation in found})
     measured = f"Text: {', '.join(texts)}, {' or '.join(f'{count:,}' for count in tokens)} predictions. " if found else ""
     shown = column_titles(rows)
-    return measured + "; ".join(f"{title}: {meaning}" for title, meaning in _MEANINGS.items() if title in shown) + "."
+    sources = sorted({row.source for row in rows if row.source is not None})
+    papers = f" Published values: {'; '.join(sources)}." if sources else ""
+    return measured + "; ".join(f"{title}: {meaning}" for title, meaning in _MEANINGS.items() if title in shown) + "." + papers
 
 
 def rich_table(rows: Sequence[Row], *, title: str, width: int = _WIDE) -> Table:
@@ -185,7 +193,7 @@ def rich_table(rows: Sequence[Row], *, title: str, width: int = _WIDE) -> Table:
 
 
 def markdown_table(rows: Sequence[Row], *, title: str) -> str:
-    """The table as Markdown, with its title and caption; a method is a link to its config where the row says where that lies."""
+    """The table as Markdown, with its title and caption; perplexity is a link to its config where the row says where that lies."""
     columns = _columns(rows)
     rule = "|" + "|".join("---:" if column.right else "---" for column in columns) + "|"
     body = [_line(_linked(row, column) for column in columns) for row in rows]
@@ -204,7 +212,7 @@ def _linked(row: Row, column: _Column) -> str:
 
 
 _CSV_COLUMNS = (
-    "model", "method", "setting", "perplexity", "published", "jsd", "top1_agreement", "tokens", "text_name", "added_macs",
+    "model", "method", "setting", "perplexity", "published", "source", "jsd", "top1_agreement", "tokens", "text_name", "added_macs",
     "added_share", "scales", "seconds", "peak_bytes", "config", "error",
 )  # fmt: skip
 

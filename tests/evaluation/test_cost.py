@@ -60,6 +60,11 @@ def test_what_is_left_to_do_at_run_time() -> None:
         (["quantization=w4a4kv4-dynamic"], "dynamic"),
         (["quantization=w4a8kv8-static", "quantization.kv_cache.dynamic=true"], "dynamic"),
         (["quantization=w4a16", "quantization.overrides={down_in: {bits: 8}}"], "static"),
+        (
+            ["quantization=w4a16kv8-static", "quantization.activation.dynamic=true", "quantization.overrides={down_in: {bits: 8}}"],
+            "dynamic",
+        ),
+        (["quantization=w4a8kv16-dynamic", "quantization.activation.dynamic=false"], "static"),
     ],
 )
 def test_scales(overrides: list[str], scales: str) -> None:

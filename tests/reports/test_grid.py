@@ -115,6 +115,7 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
     assert all((folder / link).is_file() for link in links)
     measured = made.rows[2].evaluation
     assert measured is not None
+    assert "Published values: a paper." in text
     assert f"| 8.56 ({measured.perplexity - 8.56:+.2f}) |" in text
     with (folder / "table.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -159,6 +159,8 @@ def test_settings_that_cannot_be_or_do_nothing() -> None:
     ):
         with pytest.raises(UserError, match=message):
             fq.load_config("awq", override)
+    with pytest.raises(UserError, match="down_hadamard mixes the scaled channels"):
+        fq.load_config("awq", "transforms.down_hadamard={}")
     with pytest.raises(UserError, match="weights stay in full precision, for whose rounding awq"):
         fq.load_config("awq", "quantization=w16a8", "smoothing.method=awq")
     with pytest.raises(UserError, match=r"smoothing\.candidates: has no effect"):
