@@ -243,14 +243,10 @@ def latex_table(rows: Sequence[Row], *, title: str) -> str:
 
     def cell(method: str, key: tuple[str | None, str]) -> str:
         row = found.get((method, *key))
-        if row is None or row.evaluation is None:
-            return "--" if row is None or row.published is None else f"({_latex(format_perplexity(row.published))})"
-        text = _latex(format_perplexity(row.evaluation.perplexity))
-        text = rf"\textbf{{{text}}}" if _perplexity(row) == best[key] else text
-        return text if row.published is None else f"{text} ({_latex(format_perplexity(row.published))})"
+        return _latex_cell(row, best=row is not None and _perplexity(row) == best[key])
 
     heads = [_latex(f"{model} {setting}" if model else setting) for model, setting in across]
-    first = [_latex(format_perplexity(_perplexity(full[model]))) if model in full else "--" for model, _ in across]
+    first = [_latex_cell(full.get(model), best=False) for model, _ in across]
     lines = [
         rf"% {title}",
         rf"\begin{{tabular}}{{l{'r' * len(across)}}}",
@@ -263,6 +259,18 @@ def latex_table(rows: Sequence[Row], *, title: str) -> str:
         r"\end{tabular}",
     ]
     return "\n".join([*lines, ""])
+
+
+def _latex_cell(row: Row | None, *, best: bool) -> str:
+    """What was measured, what a paper prints in parentheses, or both."""
+    if row is None or (row.evaluation is None and row.published is None):
+        return "--"
+    published = "" if row.published is None else f"({_latex(format_perplexity(row.published))})"
+    if row.evaluation is None:
+        return published
+    measured = _latex(format_perplexity(row.evaluation.perplexity))
+    shown = rf"\textbf{{{measured}}}" if best else measured
+    return f"{shown} {published}".rstrip()
 
 
 def _perplexity(row: Row) -> float:

@@ -18,7 +18,7 @@ from fptquant.evaluation.cost import RuntimeCost
 from fptquant.evaluation.evaluate import Evaluation
 from fptquant.reports import experiment
 from fptquant.reports.grid import Table, make_table
-from fptquant.reports.table import Row, rich_table
+from fptquant.reports.table import Row, latex_table, rich_table
 from fptquant.stages import find_prefix
 from fptquant.stages.progress import quiet
 from fptquant.training.checkpoint import Checkpoint, save_checkpoint
@@ -128,6 +128,9 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
     assert latex.count(r"\textbf") == 1
     assert "rotated & " in latex
     assert "(8.56)" in latex
+    assert re.search(r"full precision & [\d.]+ \(5.47\) ", latex)
+    alone = latex_table([Row("full precision", "-", None, None, published=5.47), made.rows[1]], title="t")
+    assert "full precision & (5.47) " in alone
     assert r"elsewhere & (7.25) \\" in latex
 
 
