@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fptquant.config.labels import AUTO_PREFIX
 from fptquant.config.schema import Config
@@ -100,22 +101,23 @@ def run_experiment(
     """
     description = config_files(config)
     on_main(lambda: check_run(output, description, overwrite=overwrite, resume=resume, needed_bytes=_REPORT_BYTES))
-    model, tokenizer = open_model(config)
-    needed = needed_bytes(model, tokenizer, [config], save=save)
+    model, tokenizer, windows = open_model(config)
+    preflight(model, tokenizer, config)
+    needed = needed_bytes(model, windows, [config], save=save)
     on_main(lambda: check_run(output, description, overwrite=overwrite, resume=resume, needed_bytes=needed))
     with results_folder(config, output, overwrite=overwrite, resume=resume) as folder:
-        baseline = measure_baseline(model, tokenizer, config, folder / EVALUATION, progress)
+        baseline = measure_baseline(model, tokenizer, len(windows), config, folder / EVALUATION, progress)
         row = run_config(baseline, config, folder, progress, title=title, resume=resume, save=save, in_place=True)
     return Experiment([baseline.row, row], Path(output))
 
 
-def open_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A config's full-precision model and tokenizer, checked against what the config asks of them."""
-    device = resolve_device(config.device)
+def open_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Tensor]:
+    """A config's full-precision model and tokenizer, and the evaluation windows [windows, window]."""
+    device, settings = resolve_device(config.device), config.evaluation
     with main_first():  # models and texts are fetched once
         model, tokenizer = load_model(config.model, dtype=DTYPES[config.dtype], device=device)
-        preflight(model, tokenizer, config)
-    return model, tokenizer
+        windows, _ = evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)
+    return model, tokenizer, windows
 
 
 @contextmanager
@@ -135,7 +137,7 @@ def results_folder(config: Config, output: str | Path, *, overwrite: bool, resum
 
 
 def preflight(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
-    """Everything that a config asks of a model and of its texts, in seconds.
+    """Everything that a config asks of a model and of the texts before evaluation, in seconds.
 
     Raises:
         UserError: if a transform does not fit the model, a Hadamard size is impossible, a window is longer than the
@@ -144,14 +146,13 @@ def preflight(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
     check_model(model, config)
     check_training(model, config)
     check_rounding(model, config)
-    check_prefix(model, tokenizer, config, calibration_windows(model, tokenizer, config).shape[1], config.evaluation.window)
-    evaluation_windows(model, tokenizer, config.evaluation.text, config.evaluation.windows, config.evaluation.window)
+    with main_first():  # a text is fetched once
+        windows = calibration_windows(model, tokenizer, config)
+    check_prefix(model, tokenizer, config, windows.shape[1], config.evaluation.window)
 
 
-def needed_bytes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, configs: Sequence[Config], *, save: bool) -> int:
+def needed_bytes(model: PreTrainedModel, windows: Tensor, configs: Sequence[Config], *, save: bool) -> int:
     """Disk space that runs on one model need: for reports, saved models, and what is kept until they are finished."""
-    settings = configs[0].evaluation
-    windows, _ = evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)
     states = windows.numel() * int(model.config.hidden_size) * model.dtype.itemsize
     parameters = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     # Untying adds a head as large as the embedding, at most as much again; the smaller files are within the rest.
@@ -164,15 +165,15 @@ def needed_bytes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, con
 def measure_baseline(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    windows: int,
     config: Config,
     kept_in: Path,
     progress: ProgressCallback,
 ) -> Baseline:
-    """What the full-precision model does on a config's evaluation text; windows that are done are kept in a folder."""
+    """What the full-precision model does on the evaluation text, so many windows; those that are done are kept in a folder."""
     settings = config.evaluation
     kept = KeptFiles(kept_in) if world_size() == 1 else None
-    windows, _ = evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)
-    shared = 1 < world_size() <= len(windows)
+    shared = 1 < world_size() <= windows
     cache, evaluation = build_reference(
         model,
         tokenizer,

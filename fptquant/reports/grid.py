@@ -60,7 +60,7 @@ def make_table(
         progress: called as ``progress(done, total, description)``; a progress bar by default.
 
     Raises:
-        UserError: as `check_table`, before anything is done; if a table is to be overwritten and its first cell cannot be run.
+        UserError: as `check_table`, before anything is done; if a table is to be overwritten and its first model cannot be had.
 
     Example:
         >>> made = make_table(load_table("demo", "settings=[w4a16]"))  # doctest: +SKIP
@@ -202,14 +202,14 @@ def _open(grid: _Grid, cells: Sequence[Cell], here: Path, save: bool, progress: 
     """The full-precision model, measured; cells that ask of it what cannot be have failed."""
     if is_main():
         here.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = open_model(cells[0].config)
+    model, tokenizer, windows = open_model(cells[0].config)
     for cell in cells:
         with _failing(grid, [cell], progress):
             preflight(model, tokenizer, cell.config)
-    needed = needed_bytes(model, tokenizer, [cell.config for cell in cells], save=save)
+    needed = needed_bytes(model, windows, [cell.config for cell in cells], save=save)
     on_main(lambda: check_output(grid.folder, overwrite=True, marker=GRID, needed_bytes=needed))
     labeled = Labeled(progress, f"{cells[0].model.name}: ") if len(grid.table.models) > 1 else progress
-    baseline = measure_baseline(model, tokenizer, cells[0].config, here / EVALUATION, labeled)
+    baseline = measure_baseline(model, tokenizer, len(windows), cells[0].config, here / EVALUATION, labeled)
     if is_main():
         replace_file(here / BASELINE, to_json(replace(baseline.row, method=FULL_PRECISION).as_dict()).encode())
     return baseline

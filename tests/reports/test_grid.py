@@ -263,7 +263,7 @@ def test_what_a_model_cannot_do_fails_before_any_cell_is_run(model: Path, tmp_pa
         "method": "rtn",
         "overrides": ["quantization.weight={bits: 4, granularity: per_group, group_size: 48}"],
     }
-    made = make(grid(tmp_path / "out", model, methods=["rtn", impossible], settings=["w4a16"]))
+    made = make(grid(tmp_path / "out", model, methods=[impossible, "rtn"], settings=["w4a16"]))
     assert begun == ["rtn w4a16"]
     assert [row.method for row in made.failed] == ["wide"]
     assert "does not divide" in str(made.failed[0].error)
