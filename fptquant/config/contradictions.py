@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from fptquant.config.schema import CACHE_SITES, HEAD_SITES, SITE_SETS, Config, QuantizationConfig
+from fptquant.config.schema import CACHE_SITES, HEAD_SITES, SITE_SETS, Config, EndToEndConfig, QuantizationConfig
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,8 @@ def _tokens(config: Config) -> Iterator[Contradiction]:
     kept = {"quantization.full_precision_tokens": quantization.full_precision_tokens}
     for site, override in quantization.overrides.items():
         kept[f"quantization.overrides.{site}.full_precision_tokens"] = override.full_precision_tokens or 0
-    parts = {"calibration": True, "evaluation": True, "training": config.training is not None, "rounding": config.rounds}
+    parts = {"calibration": True, "evaluation": True, "rounding": config.rounds}
+    parts |= {key: getattr(config, key) is not None for key in ("training", "range_training")}
     for part in (name for name, used in parts.items() if used):
         window = getattr(config, part).window
         for path, tokens in kept.items():
@@ -219,21 +220,28 @@ def _rounding(config: Config) -> Iterator[Contradiction]:
 
 def _training(config: Config) -> Iterator[Contradiction]:
     """A learning rate without its transform or static range is a default that does not apply; none at all is a mistake."""
-    if config.training is None:
+    quantization = config.quantization
+    ranges = {f"{kind}_range": quantization.has_static_range(kind) for kind in ("weight", "activation", "kv_cache")}
+    if config.training is not None:
+        there = {
+            **{name: getattr(config.transforms, name) is not None for name in ("query_key_rotation", "value_mixing", "up_scaling")},
+            "residual_rotation": config.norm_gains == "fused",
+            **ranges,
+            "weight_range": ranges["weight_range"] and config.training.weights == "quantized",
+        }
+        yield from _trained(config.training, there, "the config uses no transform and no static range")
+    if config.range_training is not None:
+        yield from _trained(config.range_training, ranges, "the config uses no static range")
+
+
+def _trained(settings: EndToEndConfig, there: Mapping[str, bool], why_nothing: str) -> Iterator[Contradiction]:
+    """Refuses training that has no parameters; ``there`` says of each group of learning rates whether something belongs to it."""
+    if any(exists and getattr(settings.lr, group) is not None for group, exists in there.items()):
         return
-    quantization, rates = config.quantization, config.training.lr
-    there = {
-        **{name: getattr(config.transforms, name) is not None for name in ("query_key_rotation", "value_mixing", "up_scaling")},
-        "residual_rotation": config.norm_gains == "fused",
-        "weight_range": quantization.has_static_range("weight") and config.training.weights == "quantized",
-        "activation_range": quantization.has_static_range("activation"),
-        "kv_cache_range": quantization.has_static_range("kv_cache"),
-    }
-    if not any(exists and getattr(rates, group) is not None for group, exists in there.items()):
-        present = [group for group, exists in there.items() if exists]
-        yield Contradiction(
-            ("training.lr",),
-            f"nothing would be trained; give a learning rate to one of these: {', '.join(present)}"
-            if present
-            else "nothing can be trained: the config uses no transform and no static range",
-        )
+    present = [group for group, exists in there.items() if exists]
+    yield Contradiction(
+        (f"{settings.key}.lr",),
+        f"nothing would be trained; give a learning rate to one of these: {', '.join(present)}"
+        if present
+        else f"nothing can be trained: {why_nothing}",
+    )

@@ -6,7 +6,7 @@ Field names are the YAML keys. Single fields are checked here; settings that con
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -319,20 +319,30 @@ class LocalConfig(StrictModel):
     up_p: float | None = Field(default=None, ge=2, le=8, description="exponent for T_u; null: 2 where T_d follows, else p")
 
 
-class LearningRates(StrictModel):
-    """Peak learning rate of each group of parameters; null means not trained. Ranges are trained as logarithms."""
+class RangeLearningRates(StrictModel):
+    """Peak learning rate of each group of ranges, which are trained as logarithms; null means not trained."""
 
-    query_key_rotation: float | None = Field(default=0.002, gt=0)
-    value_mixing: float | None = Field(default=0.002, gt=0)
-    up_scaling: float | None = Field(default=0.002, gt=0)
-    residual_rotation: float | None = Field(default=None, gt=0)
     weight_range: float | None = Field(default=0.002, gt=0)
     activation_range: float | None = Field(default=0.002, gt=0)
     kv_cache_range: float | None = Field(default=0.002, gt=0)
 
 
-class TrainingConfig(StrictModel):
-    """End-to-end training: the quantized student matches its own full-precision teacher."""
+class LearningRates(RangeLearningRates):
+    """Peak learning rate of each group of ranges and transforms; null means not trained."""
+
+    query_key_rotation: float | None = Field(default=0.002, gt=0)
+    value_mixing: float | None = Field(default=0.002, gt=0)
+    up_scaling: float | None = Field(default=0.002, gt=0)
+    residual_rotation: float | None = Field(default=None, gt=0)
+
+
+class EndToEndConfig(StrictModel):
+    """What the stages have in common in which the quantized student learns to match its own full-precision teacher."""
+
+    key: ClassVar[str]
+    """Where its settings stand in a config."""
+    title: ClassVar[str]
+    """Its name in messages."""
 
     objective: Literal["jsd", "forward_kl", "reverse_kl", "cross_entropy", "hidden_mse"] = "jsd"
     temperature: float = Field(default=1.0, gt=0)
@@ -346,7 +356,7 @@ class TrainingConfig(StrictModel):
     )
     held_out_windows: int = Field(default=4, ge=1, description="windows of the same text that decide which state is best")
     evaluate_every: int = Field(default=16, ge=1, description="steps between two looks at the held-out windows")
-    lr: LearningRates = LearningRates()
+    lr: RangeLearningRates = RangeLearningRates()
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps in which the learning rates rise")
     final_lr: float = Field(default=0.1, ge=0, le=1, description="share of the learning rates that the cosine ends with")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="memory of AdamW's mean gradient")
@@ -354,9 +364,6 @@ class TrainingConfig(StrictModel):
     clip_norm: float | None = Field(default=1.0, gt=0, description="largest norm of the gradients together; null: any")
     activation_checkpointing: bool = False
     autocast: Literal["none", "bfloat16"] = "none"
-    weights: Literal["quantized", "full_precision"] = Field(
-        default="quantized", description="what the student's linears compute with; ranges of the latter are set after training"
-    )
     shard_weights: bool | None = Field(
         default=None, description="spread frozen weights over the processes of torchrun; null: on GPUs only"
     )
@@ -364,8 +371,27 @@ class TrainingConfig(StrictModel):
     tensorboard: bool = False
 
 
+class TrainingConfig(EndToEndConfig):
+    """End-to-end training of transforms and ranges."""
+
+    key: ClassVar[str] = "training"
+    title: ClassVar[str] = "end-to-end training"
+
+    lr: LearningRates = LearningRates()
+    weights: Literal["quantized", "full_precision"] = Field(
+        default="quantized", description="what the student's linears compute with; ranges of the latter are set after training"
+    )
+
+
+class RangeTrainingConfig(EndToEndConfig):
+    """End-to-end training of ranges alone, once weights are rounded: they keep their integers, whose scales are learned."""
+
+    key: ClassVar[str] = "range_training"
+    title: ClassVar[str] = "range training"
+
+
 WITHOUT_INFLUENCE = frozenset({"checkpoint_seconds", "tensorboard", "shard_weights"})
-"""Keys of ``training`` that do not change the result: they may change when a run goes on."""
+"""Keys of ``training`` and ``range_training`` that do not change the result: they may change when a run goes on."""
 
 
 class RoundingConfig(StrictModel):
@@ -420,6 +446,7 @@ class Config(StrictModel):
     local: LocalConfig = LocalConfig()
     training: TrainingConfig | None = None
     rounding: RoundingConfig = RoundingConfig()
+    range_training: RangeTrainingConfig | None = None
     quantization: Annotated[QuantizationConfig, BeforeValidator(_expand_quantization)] = QuantizationConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

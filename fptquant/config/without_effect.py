@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fptquant.config.schema import CACHE_SITES, Config, QuantizationConfig, RangeConfig
+from fptquant.config.schema import CACHE_SITES, Config, EndToEndConfig, QuantizationConfig, RangeConfig
 
 _RANGE_FIELDS = {
     "min_max": frozenset[str](),
@@ -183,26 +183,32 @@ def _tokens(quantization: QuantizationConfig) -> Iterator[WithoutEffect]:
 
 
 def _training(config: Config) -> Iterator[WithoutEffect]:
-    training, rates = config.training, "training.lr"
+    training = config.training
+    for settings in (training, config.range_training):
+        if settings is not None:
+            yield from _end_to_end(config, settings)
     if training is None:
         return
-    if training.objective in ("cross_entropy", "hidden_mse"):
-        message = f"the objective {training.objective} has no temperature; remove it"
-        yield from _changed(training, "training", ["temperature"], message, by_label=False)
     if config.quantization.weight.bits == 16:
         message = "weights are in full precision anyway; remove it, or set quantization.weight.bits"
         yield from _changed(training, "training", ["weights"], message, by_label=True)
     elif training.weights == "full_precision" and training.lr.weight_range is not None:
         message = "training.weights = full_precision, whose ranges are set after training; remove one of the two"
-        yield from _changed(training.lr, rates, ["weight_range"], message, by_label=False)
+        yield from _changed(training.lr, "training.lr", ["weight_range"], message, by_label=False)
     for name in ("query_key_rotation", "value_mixing", "up_scaling"):
         if getattr(config.transforms, name) is None and getattr(training.lr, name) is not None:
             message = f"transforms.{name} is not used; set transforms.{name}={{}} or remove it"
-            yield from _changed(training.lr, rates, [name], message, by_label=False)
+            yield from _changed(training.lr, "training.lr", [name], message, by_label=False)
+
+
+def _end_to_end(config: Config, settings: EndToEndConfig) -> Iterator[WithoutEffect]:
+    if settings.objective in ("cross_entropy", "hidden_mse"):
+        message = f"the objective {settings.objective} has no temperature; remove it"
+        yield from _changed(settings, settings.key, ["temperature"], message, by_label=False)
     for name, kind in (("weight_range", "weight"), ("activation_range", "activation"), ("kv_cache_range", "kv_cache")):
-        if not config.quantization.has_static_range(kind) and getattr(training.lr, name) is not None:
+        if not config.quantization.has_static_range(kind) and getattr(settings.lr, name) is not None:
             message = f"quantization.{kind} has no static range; remove it, or set another label"
-            yield from _changed(training.lr, rates, [name], message, by_label=True)
+            yield from _changed(settings.lr, f"{settings.key}.lr", [name], message, by_label=True)
 
 
 def _rounding(config: Config) -> Iterator[WithoutEffect]:

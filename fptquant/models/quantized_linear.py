@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fptquant.models.context import ForwardContext
 from fptquant.models.merging import Merging
+from fptquant.models.rescaling import Rescaling
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.transforms.base import Transform
 
@@ -16,7 +17,8 @@ from fptquant.transforms.base import Transform
 class QuantizedLinear(nn.Linear):
     """Takes over weight and bias of a linear layer: y = Q_out(Q_weight(W) Q_in(T x) + b).
 
-    While transforms are trained (``merging``) W and b are those before merging, and are merged anew in every pass.
+    While transforms are trained (``merging``) W and b are those before merging, and are merged anew in every pass; while ranges of
+    rounded weights are trained (``rescaling``), W has scales of its own in every pass.
 
     With S_n (``scaled``) the whole row of a token is divided by its running scale sigma, so that the branch can be
     added to the normalized residual. On the ``input``: W Q_in(T x / sigma) + b / sigma, and the quantizer sees massive
@@ -44,6 +46,8 @@ class QuantizedLinear(nn.Linear):
         self.output_quantizer = None
         self.merging: Merging | None = None
         """Transforms that the weight does not hold yet; None once they are merged."""
+        self.rescaling: Rescaling | None = None
+        """What is trained of a rounded weight; None when training is over."""
 
     @property
     def _untransformed(self) -> bool:
@@ -58,6 +62,8 @@ class QuantizedLinear(nn.Linear):
         """The weight as the forward pass uses it [out_features, in_features]."""
         if self._untransformed:
             return self.weight
+        if self.rescaling is not None:
+            return self.rescaling.unrounded if self.context.full_precision else self.rescaling.weight(self.weight)
         if self.merging is not None:
             return self.merging.weight(self.weight, self.weight_quantizer)
         return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)

@@ -38,6 +38,7 @@ from fptquant.reports.progress import Progress
 from fptquant.reports.saved import find_saved
 from fptquant.reports.table import Row, caption, column_titles, format_perplexity, texts
 from fptquant.stages.progress import Progress as ProgressCallback
+from fptquant.stages.train import RANGE_FOLDER
 from fptquant.training.log import METRICS
 
 NAME = "report.html"
@@ -139,8 +140,8 @@ class Run:
     """The run's table; none for a model that was saved by itself."""
     calibration: dict[str, Any]
     environment: dict[str, Any]
-    training: list[dict[str, Any]]
-    """Lines of metrics.jsonl."""
+    training: dict[str, list[dict[str, Any]]]
+    """Lines of metrics.jsonl by the key of the stage in a config."""
 
 
 def _read_run(folder: Path, saved: Path) -> Run:
@@ -151,13 +152,12 @@ def _read_run(folder: Path, saved: Path) -> Run:
     """
     try:
         results = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("results", [])
-        log = folder / METRICS
-        lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        logs = {"training": folder / METRICS, "range_training": folder / RANGE_FOLDER / METRICS}
         return Run(
             [Row.from_dict(result) for result in results],
             json.loads((saved / "metrics.json").read_text(encoding="utf-8")),
             json.loads((folder / "environment.json").read_text(encoding="utf-8")),
-            [json.loads(line) for line in lines],
+            {key: [json.loads(line) for line in log.read_text("utf-8").splitlines()] for key, log in logs.items() if log.is_file()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the files of the run {folder} are missing or damaged ({error}); run it again") from error
@@ -364,10 +364,15 @@ def _histograms(diagnosis: Diagnosis) -> list[tuple[str, list[tuple[str, Picture
     ]
 
 
-def _training(config: Config, run: Run) -> Picture | None:
-    if config.training is None or not any(entry.get("kind") == "step" for entry in run.training):
-        return None
-    return _chart(draw_training(run.training, config.training.objective), "loss and held-out divergence by step")
+def _training(config: Config, run: Run) -> list[tuple[str, Picture]]:
+    """The course of each stage that trains, with its heading."""
+    found = []
+    for settings in (config.training, config.range_training):
+        entries = [] if settings is None else run.training.get(settings.key, [])
+        if settings is not None and any(entry.get("kind") == "step" for entry in entries):
+            picture = _chart(draw_training(entries, settings.objective), f"{settings.title}: loss and held-out divergence by step")
+            found.append((settings.title, picture))
+    return found
 
 
 def _stages(calibration: Mapping[str, Any]) -> list[tuple[str, str, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,19 +36,17 @@ from fptquant.stages.merge_transforms import merge_blocks_, model_sizes, rotate_
 from fptquant.stages.optimize_local import optimize_local_
 from fptquant.stages.prepared import PREPARED, Prepared, load_prepared, restore_state_, save_prepared
 from fptquant.stages.progress import Progress as ProgressCallback
+from fptquant.stages.range_student import weights_by_name
 from fptquant.stages.rounding import round_, rounding_data
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
 from fptquant.stages.smooth import smooth_
-from fptquant.stages.student import attach_transforms_
-from fptquant.stages.train import fingerprint, train_, training_data
+from fptquant.stages.train import BEFORE_TRAINING, fingerprint, train_, train_ranges_, training_data
+from fptquant.stages.transform_student import attach_transforms_
 from fptquant.stages.untie import untie_
 from fptquant.transforms import ModelSizes, ModelTransforms, TransformOptions, build_transforms, check_transforms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-TRAINING = "end-to-end training"
-"""The stage that reports how long it worked in all parts of a run."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,17 @@ def calibration_windows(
     return token_windows(tokenizer, loaded, config.calibration.windows, config.calibration.window, seed=config.seed)
 
 
+@dataclass(frozen=True)
+class _Texts:
+    """What the stages of a config read; None for a stage that it does not have."""
+
+    windows: Tensor
+    """As `calibration_windows`."""
+    training: TrainingData | None
+    rounding: TrainingData | None
+    range_training: TrainingData | None
+
+
 class _Stages:
     """Runs stages one after the other and notes how long each took, on top of the seconds that it begins with."""
 
@@ -129,6 +138,13 @@ class _Stages:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def lasting(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Runs a stage that goes on after a kill, and returns its report, whose seconds are those of all parts of the run."""
+        with self(name):
+            report = work()
+        self.seconds[name] = max(self.seconds[name], report["seconds"])
+        return report
 
 
 def _transform_(
@@ -227,7 +243,8 @@ def calibrate(
 
     Stages: fuse norm gains, T_r, with ``config.smoothing`` the scales of channels (calibration text), local optimization (no data),
     merging, weight ranges, activation ranges (calibration text); with ``config.training`` end-to-end training of transforms and
-    ranges, before they are merged; with ``config.rounding`` other than to nearest, rounding of the merged weights (text).
+    ranges, before they are merged; with ``config.rounding`` other than to nearest, rounding of the merged weights (text); with
+    ``config.range_training`` training of ranges alone, while the weights keep their integers.
     The model is copied first, so that it can serve as the full-precision reference; ``in_place`` saves that memory.
 
     Args:
@@ -252,10 +269,16 @@ def calibrate(
     windows = calibration_windows(model, tokenizer, config, text)
     check_prefix(model, tokenizer, config, *windows.shape[1:])
     with nullcontext(progress) if progress is not None else Progress() as bars:
-        data = on_main(lambda: training_data(model, tokenizer, config, progress=bars))  # fetched or sampled once
-        to_round = on_main(lambda: rounding_data(model, tokenizer, config, progress=bars))
+        texts = on_main(  # fetched or sampled once
+            lambda: _Texts(
+                windows,
+                training_data(model, tokenizer, config, config.training, progress=bars),
+                rounding_data(model, tokenizer, config, progress=bars),
+                training_data(model, tokenizer, config, config.range_training, progress=bars),
+            )
+        )
         calibrated = model if in_place else copy.deepcopy(model)
-        return _calibrate_(calibrated, tokenizer, config, sizes, windows, data, to_round, found_prefix, folder, resume, bars)
+        return _calibrate_(calibrated, tokenizer, config, sizes, texts, found_prefix, folder, resume, bars)
 
 
 def _calibrate_(
@@ -263,9 +286,7 @@ def _calibrate_(
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     sizes: ModelSizes,
-    windows: Tensor,
-    data: TrainingData | None,
-    to_round: TrainingData | None,
+    texts: _Texts,
     found_prefix: list[int] | Literal["auto"] | None,
     folder: Path | None,
     resume: bool,
@@ -276,36 +297,55 @@ def _calibrate_(
     calibrated.train(False)
     calibrated.requires_grad_(False)
     # before anything is merged: merged weights differ in the last bits from machine to machine
-    weights = "" if data is None and folder is None else weights_digest(calibrated.named_parameters())
+    digested = folder is not None or config.training is not None or config.range_training is not None
+    weights = weights_digest(calibrated.named_parameters()) if digested else ""
     file = None if folder is None else folder / PREPARED
     # of the config as it was given, whoever has searched for its prefix
-    belongs_to = {**fingerprint(config, weights), "seed": config.seed, "windows": tensors_digest(windows)}
+    belongs_to = {**fingerprint(config, weights, BEFORE_TRAINING), "seed": config.seed, "windows": tensors_digest(texts.windows)}
     earlier = on_main(lambda: load_prepared(file, belongs_to)) if file is not None and resume else None
     stage = _Stages({} if earlier is None else earlier.seconds)
     if config.quantization.prefix == AUTO_PREFIX and found_prefix != AUTO_PREFIX:
         config = with_prefix(config, found_prefix)
-    config, transforms, report = _prepare_(calibrated, tokenizer, config, sizes, windows, earlier, stage, progress)
-    long = data is not None or sum(stage.seconds.values()) >= WORTH_KEEPING
+    config, transforms, report = _prepare_(calibrated, tokenizer, config, sizes, texts.windows, earlier, stage, progress)
+    long = texts.training is not None or sum(stage.seconds.values()) >= WORTH_KEEPING
     if file is not None and earlier is None and long and is_main():
         prefix = cast("list[int] | None", config.quantization.prefix)
         found = Prepared(transforms.state_dict(), range_tensors(calibrated), prefix, report, stage.seconds)
         save_prepared(file, found, belongs_to)
-    if data is not None:
-        with stage(TRAINING):
-            report["training"] = train_(
-                calibrated, transforms, config, data, weights=weights, folder=folder, resume=resume, progress=progress
-            )
-        # of all parts of a run that was killed and went on
-        stage.seconds[TRAINING] = max(stage.seconds[TRAINING], report["training"]["seconds"])
-    if to_round is not None:
-        with stage("rounding"):
-            report["rounding"] = round_(
-                calibrated, config, to_round, belongs_to=str(belongs_to), folder=folder, resume=resume, progress=progress
-            )
-        stage.seconds["rounding"] = max(stage.seconds["rounding"], report["rounding"]["seconds"])
+    report |= _finish_(calibrated, transforms, config, texts, weights, str(belongs_to), stage, folder, resume, progress)
     seconds = max(time.perf_counter() - start, sum(stage.seconds.values()))
-    metrics = {"seconds": seconds, "stages": stage.seconds, "calibration_tokens": windows.numel(), **report}
+    metrics = {"seconds": seconds, "stages": stage.seconds, "calibration_tokens": texts.windows.numel(), **report}
     return CalibrationResult(calibrated, tokenizer, config, transforms, metrics)
+
+
+def _finish_(
+    model: PreTrainedModel,
+    transforms: ModelTransforms,
+    config: Config,
+    texts: _Texts,
+    weights: str,
+    belongs_to: str,
+    stage: _Stages,
+    folder: Path | None,
+    resume: bool,
+    progress: ProgressCallback,
+) -> dict[str, Any]:
+    """Training, rounding and range training, those that the config has; returns their reports."""
+    report: dict[str, Any] = {}
+    kept: dict[str, Any] = {"folder": folder, "resume": resume, "progress": progress}
+    training, rounding, range_training = texts.training, texts.rounding, texts.range_training
+    if training is not None:
+        report["training"] = stage.lasting(
+            "end-to-end training", lambda: train_(model, transforms, config, training, weights=weights, **kept)
+        )
+    unrounded = {} if range_training is None else weights_by_name(model)
+    if rounding is not None:
+        report["rounding"] = stage.lasting("rounding", lambda: round_(model, config, rounding, belongs_to=belongs_to, **kept))
+    if range_training is not None:
+        report["range_training"] = stage.lasting(
+            "range training", lambda: train_ranges_(model, unrounded, config, range_training, weights=weights, **kept)
+        )
+    return report
 
 
 def _prepare_(

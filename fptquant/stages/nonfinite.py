@@ -11,12 +11,15 @@ from fptquant.stages.distributed import gathered, largest, total
 from fptquant.training.trainable import Trainable
 
 
-def stop_if(what: str | None, when: str, student: Trainable, parameters: Mapping[str, Tensor], windows: Sequence[Tensor]) -> None:
+def stop_if(
+    what: str | None, when: str, key: str, student: Trainable, parameters: Mapping[str, Tensor], windows: Sequence[Tensor]
+) -> None:
     """Ends the run if something is wrong in one of the processes, each of which calls this.
 
     Args:
         what: what is wrong in this process, or None.
         when: the step, in words.
+        key: where the settings of this training stand in a config.
         windows: what this process was working on, [windows, window] each.
 
     Raises:
@@ -31,7 +34,7 @@ def stop_if(what: str | None, when: str, student: Trainable, parameters: Mapping
     parameter = "" if bad is None else f"; the parameter {bad} is not finite"
     message = (
         f"training stopped at {when}: {what}; {where}{parameter}. "
-        "Lower training.lr, clip more (training.clip_norm) or compute wider (training.autocast=none, dtype=float32)"
+        f"Lower {key}.lr, clip more ({key}.clip_norm) or compute wider ({key}.autocast=none, dtype=float32)"
     )
     raise UserError(next(found for wrong, found in gathered((what is not None, message)) if wrong))
 

@@ -19,7 +19,7 @@ from fptquant.stages.student import Student
 def over_processes(student: Student) -> Iterator[Callable[[Tensor], Tensor]]:
     """What computes the loss: the student itself or, with several processes, the student with averaged gradients.
 
-    All processes start with the ranges and transforms of the main one. When the block ends well, every process has the
+    All processes start with what the main one has. When the block ends well, every process has the
     whole model again.
     """
     if world_size() == 1:
@@ -31,7 +31,7 @@ def over_processes(student: Student) -> Iterator[Callable[[Tensor], Tensor]]:
     from fptquant.stages.shard_weights import sharded_weights
 
     model, shard = student.model, student.settings.shard_weights
-    broadcast_([*model.buffers(), *student.transforms.parameters(), *student.transforms.buffers()])
+    broadcast_(student.shared_tensors())
     on_gpu = model.device.type == "cuda"
     with sharded_weights(model, on_gpu if shard is None else shard):
         # Every parameter takes part in every loss: none has to be searched for.

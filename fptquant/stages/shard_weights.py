@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed import _composable_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -22,9 +23,6 @@ from fptquant.stages.distributed import world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
-"""Attributes that FSDP2 leaves on modules, and by which the model library recognizes them."""
 
 
 @contextmanager
@@ -38,7 +36,7 @@ def sharded_weights(model: PreTrainedModel, enabled: bool = True) -> Iterator[No
         yield
         return
     decoder, layers = view_model(model).decoder, view_model(model).layers
-    before = {module: (type(module), _hooks(module)) for module in decoder.modules()}
+    before = {module: _Before(module) for module in decoder.modules()}
     mesh = init_device_mesh(model.device.type, (world_size(),))
     replicated = {*model.parameters()} - {*layers.parameters()}
     for layer in layers:
@@ -47,18 +45,14 @@ def sharded_weights(model: PreTrainedModel, enabled: bool = True) -> Iterator[No
     fully_shard(decoder, mesh=mesh, ignored_params=replicated)
     yield
     _unshard(decoder)
-    for module, (kind, hooks) in before.items():
-        _restore(module, kind, hooks)
+    for module, state in before.items():
+        state.restore_(module)
 
 
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of the parameters of a module that this process keeps between two passes."""
     kept = (parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in module.parameters())
     return sum(part.numel() * part.element_size() for part in kept)
-
-
-def _hooks(module: nn.Module) -> dict[str, set[Any]]:
-    return {name: set(value) for name, value in vars(module).items() if "_hooks" in name and isinstance(value, dict)}
 
 
 @torch.no_grad()
@@ -70,12 +64,21 @@ def _unshard(module: nn.Module) -> None:
                 part._parameters[name] = nn.Parameter(parameter.full_tensor(), requires_grad=False)
 
 
-def _restore(module: nn.Module, kind: type[nn.Module], hooks: dict[str, set[Any]]) -> None:
-    """Takes away what FSDP2 has put on a module: its class, its hooks, its marks. (It has no way back of its own.)"""
-    module.__class__ = kind
-    for name, kept in hooks.items():
-        current: dict[Any, Any] = vars(module)[name]
-        for key in [key for key in current if key not in kept]:
-            del current[key]
-    for mark in _MARKS:
-        vars(module).pop(mark, None)
+class _Before:
+    """What a module was before FSDP2 put its class, hooks and attributes on it, for which it has no way back of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.kind = type(module)
+        self.attributes = set(vars(module))
+        self.hooks = {name: set(value) for name, value in vars(module).items() if "_hooks" in name and isinstance(value, dict)}
+
+    def restore_(self, module: nn.Module) -> None:
+        """Takes them away; the model library, and a second sharding, would know the module by them."""
+        module.__class__ = self.kind
+        current: dict[str, Any] = vars(module)
+        for name in set(current) - self.attributes:
+            del current[name]
+        for name, kept in self.hooks.items():
+            for key in set(current[name]) - kept:
+                del current[name][key]
+        _composable_state._module_state_mapping.pop(module, None)

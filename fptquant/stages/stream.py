@@ -132,8 +132,10 @@ def _check_streamable(config: Config) -> None:
             f"rounding.method = {config.rounding.method}{' with clip' * config.rounding.clip} is not possible with streaming; set "
             "rounding={}, or calibrate in memory"
         )
-    if config.training is not None:
-        raise UserError("training needs the whole model in memory; set training=null, or run without streaming")
+    for settings in (config.training, config.range_training):
+        if settings is not None:
+            key = settings.key
+            raise UserError(f"{key} needs the whole model in memory; set {key}=null, or run without streaming")
 
 
 def _needed_bytes(stream: _Stream) -> int:

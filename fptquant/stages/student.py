@@ -1,34 +1,27 @@
-"""The quantized student and its full-precision teacher: one model, one copy of the weights.
+"""The quantized student and its full-precision teacher in one model: what the stages that train end to end have in common.
 
-The weights are those before T_k, T_v, T_u and T_d are merged. The student merges and quantizes them anew in every pass, so
-that gradients reach transforms and ranges; the teacher is the same model with transforms (T_h too) and quantizers left out.
+`fptquant.stages.transform_student` trains transforms and ranges before rounding, `fptquant.stages.range_student` ranges after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fptquant import ops
-from fptquant.config.schema import LearningRates, TrainingConfig
+from fptquant.config.schema import EndToEndConfig
 from fptquant.evaluation.hidden import first_nonfinite_module
 from fptquant.fingerprint import tensors_digest
-from fptquant.models.adapter import LINEAR_NAMES, view_model
+from fptquant.models.adapter import view_model
 from fptquant.models.instrument import get_context, iter_quantizers, kept_modes, set_modes
-from fptquant.models.merging import Merging
-from fptquant.models.prefix import model_prefixes, prefix_off
-from fptquant.models.quantized_linear import QuantizedLinear
+from fptquant.models.prefix import prefix_off
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.quantizers.sites import kind_of
 from fptquant.stages.distributed import world_size
-from fptquant.stages.merge_transforms import BLOCK_SIDES, OUTPUT_SIDES, merge_blocks_, rotate_residual_
-from fptquant.transforms import BlockTransforms, ModelTransforms, ResidualRotation, Transform, ValueMixing
-from fptquant.transforms.value_mixing import hold_mixings, release_mixings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,14 +40,15 @@ class TrainedRange(nn.Module):
     Shape: log_scale, shift: as the quantizer's scale; both start at 0.
     """
 
-    def __init__(self, quantizer: Quantizer) -> None:
+    def __init__(self, quantizer: Quantizer, *, shifts: bool = True) -> None:
         super().__init__()
         assert quantizer.scale is not None
         self._quantizer = (quantizer,)  # in a tuple: the module belongs to the model, not to this one
+        self.name = quantizer.name
         self.start = quantizer.scale.detach()
         self.start_zero = None if quantizer.zero_point is None else quantizer.zero_point.detach()
         self.log_scale = nn.Parameter(torch.zeros_like(self.start))
-        shifts = not quantizer.grid.symmetric and self.start_zero is not None
+        shifts = shifts and not quantizer.grid.symmetric and self.start_zero is not None
         self.shift = nn.Parameter(torch.zeros_like(self.start)) if shifts else None
 
     def apply_(self) -> None:
@@ -80,26 +74,19 @@ class TrainedRange(nn.Module):
 class Student(nn.Module):
     """Student and teacher on one copy of the base weights, and everything that is trained.
 
-    The model is instrumented, its ranges are set and switched on, and its transforms are attached by `attach_transforms_`
-    instead of merged; a prefix, if any, has its keys and values. ``forward`` gives the loss, `finish_` merges what was
-    trained and leaves an ordinary calibrated model. A trained T_r starts at the identity, on top of the one that the
-    weights hold.
+    The model is instrumented, its ranges are set and switched on; a prefix, if any, has its keys and values. ``forward`` gives
+    the loss, `finish_` leaves an ordinary calibrated model.
     """
 
-    def __init__(self, model: PreTrainedModel, transforms: ModelTransforms, settings: TrainingConfig) -> None:
+    def __init__(self, model: PreTrainedModel, settings: EndToEndConfig) -> None:
         super().__init__()
         self._model = (model,)  # in a tuple: frozen weights are neither parameters nor state of this module
-        self._transforms = (transforms.requires_grad_(False),)
         self.settings = settings
         self.context = get_context(model)
         self.view = view_model(model)
-        self.rotation = self._start_rotation() if settings.lr.residual_rotation is not None else None
-        self.trained = nn.ModuleDict()
         self.ranges = nn.ModuleDict()
         self._groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
         self._remembered: dict[str, Tensor] = {}
-        self._mixings = [m for m in transforms.modules() if isinstance(m, ValueMixing)]
-        self._collect_transforms()
         self._collect_ranges()
         if settings.activation_checkpointing:
             self._checkpoint_activations(True)
@@ -108,52 +95,31 @@ class Student(nn.Module):
     def model(self) -> PreTrainedModel:
         return self._model[0]
 
-    @property
-    def transforms(self) -> ModelTransforms:
-        return self._transforms[0]
-
-    def _start_rotation(self) -> ResidualRotation:
-        rotation = ResidualRotation(self.view.hidden_size, start="identity").to(self.model.device)
-        for block in self.view.blocks:
-            for name, side in BLOCK_SIDES[rotation.name].items():
-                linear = block.linear(name)
-                assert isinstance(linear, QuantizedLinear)
-                before = linear.merging or Merging((), ())
-                turn = ((rotation, side),)
-                linear.merging = Merging(turn + before.steps, (turn if side in OUTPUT_SIDES else ()) + before.bias_steps)
-        self._embedding_hook = self.view.embedding.register_forward_hook(self._rotate_embedding)
-        return rotation
-
-    def _rotate_embedding(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        if self.context.full_precision or self.rotation is None:
-            return output
-        return output @ self.rotation.matrix().to(output.dtype).mT
-
-    def _collect_transforms(self) -> None:
-        used: list[tuple[str, Transform]] = [] if self.rotation is None else [("model", self.rotation)]
-        for index in range(len(self.transforms.blocks)):
-            used += [(f"layers_{index}", transform) for transform in self.transforms.block(index).of_linears()]
-        for where, transform in used:
-            if getattr(self.settings.lr, transform.name, None) is None:
-                continue
-            self.trained[f"{where}_{transform.name}"] = transform
-            for name, parameter in transform.named_parameters():
-                parameter.requires_grad_(True)
-                self._groups.setdefault(transform.name, []).append((f"{where}.{transform.name}.{name}", parameter))
+    def shared_tensors(self) -> list[Tensor]:
+        """What all processes begin with alike, besides trained parameters."""
+        return list(self.model.buffers())
 
     def _collect_ranges(self) -> None:
         for name, quantizer in iter_quantizers(self.model):
             group = f"{kind_of(name)}_range"
             if quantizer.dynamic or quantizer.mode == "off" or getattr(self.settings.lr, group) is None:
                 continue
-            trained = TrainedRange(quantizer)
+            trained = self._trained_range(name, quantizer)
             self.ranges[name.replace(".", "_")] = trained
             for part, parameter in trained.named_parameters():
                 self._groups.setdefault(group, []).append((f"{name}.{part}", parameter))
 
+    @property
+    def trained_ranges(self) -> dict[str, TrainedRange]:
+        """The ranges that are trained, by the name of their quantizer."""
+        return {trained.name: trained for trained in self.ranges.children() if isinstance(trained, TrainedRange)}
+
+    def _trained_range(self, name: str, quantizer: Quantizer) -> TrainedRange:
+        return TrainedRange(quantizer)
+
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """What is trained, by the field of `LearningRates` that gives its learning rate; names are unique and stable."""
-        order = [name for name in LearningRates.model_fields if name in self._groups]
+        """What is trained, by the field of ``training.lr`` that gives its learning rate; names are unique and stable."""
+        order = [name for name in type(self.settings.lr).model_fields if name in self._groups]
         return {name: self._groups[name] for name in order}
 
     def trainable_state(self) -> dict[str, Tensor]:
@@ -180,13 +146,7 @@ class Student(nn.Module):
 
     def _prepare(self) -> None:
         """Computes what the weights of this step share, before the first of them needs it."""
-        release_mixings(self._mixings)
-        hold_mixings(self._mixings)
-        if self.rotation is not None:
-            self.rotation.held = None
-            self.rotation.held = self.rotation.matrix().to(torch.promote_types(self.model.dtype, torch.float32))
-        for trained in self.ranges.children():
-            assert isinstance(trained, TrainedRange)
+        for trained in self.trained_ranges.values():
             trained.apply_()
 
     def _hidden(self, tokens: Tensor) -> Tensor:
@@ -197,8 +157,7 @@ class Student(nn.Module):
 
     def _student_hidden(self, tokens: Tensor) -> Tensor:
         self._prepare()
-        hidden = self._hidden(tokens)
-        return hidden if self.rotation is None else hidden @ self.rotation.matrix().to(hidden.dtype)
+        return self._hidden(tokens)
 
     @torch.no_grad()
     def _teacher_hidden(self, tokens: Tensor) -> Tensor:
@@ -270,68 +229,9 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def finish_(self) -> None:
-        """Merges everything into the weights: the model is an ordinary calibrated one, the student is of no more use."""
+        """Leaves what was trained in the model, which is an ordinary calibrated one; the student is of no more use."""
         if self.settings.activation_checkpointing:
             self._checkpoint_activations(False)
-        release_mixings(self._mixings)
         self._remembered.clear()
-        for trained in self.ranges.children():
-            assert isinstance(trained, TrainedRange)
+        for trained in self.trained_ranges.values():
             trained.finish_()
-        if self.rotation is not None:
-            self._finish_rotation(self.rotation)
-        merge_attached_(self.model, self.transforms)
-
-    def _finish_rotation(self, rotation: ResidualRotation) -> None:
-        rotation.held = None
-        self._embedding_hook.remove()
-        rotate_residual_(self.model, rotation)
-        before = self.transforms.residual_rotation
-        if before is not None:
-            before.set_matrix_(rotation.matrix() @ before.matrix())
-        else:
-            self.transforms.residual_rotation = rotation
-
-
-def attach_transforms_(model: PreTrainedModel, transforms: ModelTransforms) -> None:
-    """Lets every linear of an instrumented model merge the transforms of its block anew in each pass, so that they can be
-    trained; `merge_attached_` ends that. A prefix is transformed likewise; `compute_prefix_` finds it with the plain weights.
-    """
-    for block in view_model(model).blocks:
-        used = list(transforms.block(block.index).of_linears())
-        for name in LINEAR_NAMES:
-            linear = block.linear(name)
-            assert isinstance(linear, QuantizedLinear)
-            steps = tuple((t, side) for t in used if (side := BLOCK_SIDES[t.name].get(name)) is not None)
-            biases = tuple((transform, side) for transform, side in steps if side in OUTPUT_SIDES)
-            linear.merging = Merging(steps, biases) if steps else None
-    for index, prefix in enumerate(model_prefixes(model)):
-        prefix.register_forward_hook(partial(_transform_prefix, transforms.block(index)))
-
-
-def _transform_prefix(
-    transforms: BlockTransforms, module: nn.Module, args: Any, output: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """T_k and T_v on the keys and values of the prefix; T_k commutes with the RoPE that is in the keys already.
-
-    Shape: output: key and value [kv_heads, P, head_dim].
-    """
-    transformed = []
-    for x, transform in zip(output, (transforms.query_key_rotation, transforms.value_mixing), strict=True):
-        if transform is not None:
-            x = transform(x.transpose(0, 1).flatten(1)).unflatten(1, (x.shape[0], -1)).transpose(0, 1)
-        transformed.append(x)
-    return transformed[0], transformed[1]
-
-
-@torch.no_grad()
-def merge_attached_(model: PreTrainedModel, transforms: ModelTransforms) -> None:
-    """Ends `attach_transforms_`: merges the transforms into weights and prefix as they are now."""
-    for prefix in model_prefixes(model):
-        if prefix.length:
-            prefix.key, prefix.value = prefix()
-        prefix._forward_hooks.clear()
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.merging = None
-    merge_blocks_(model, transforms)

@@ -1,28 +1,36 @@
-"""The training stage of the pipeline: its text, its student, and what it leaves behind."""
+"""The training stages of the pipeline: their texts, their students, and what they leave behind."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fptquant.config.schema import Config
+from torch import Tensor
+
+from fptquant.config.schema import Config, EndToEndConfig
 from fptquant.data.text import load_text
 from fptquant.data.training import TrainingData, training_windows
 from fptquant.data.windows import check_window
 from fptquant.errors import UserError
 from fptquant.models.instrument import set_modes
+from fptquant.stages.distributed import on_main
 from fptquant.stages.parallel import over_processes
 from fptquant.stages.progress import Progress, quiet
+from fptquant.stages.range_student import RangeStudent
 from fptquant.stages.set_ranges import set_weight_ranges_
 from fptquant.stages.student import Student
 from fptquant.stages.train_end_to_end import check_settings, train_end_to_end_
+from fptquant.stages.transform_student import TransformStudent
 from fptquant.transforms import ModelTransforms, ValueMixing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_NO_INFLUENCE = {"training", "rounding", "evaluation", "output", "device", "seed"}
-"""Parts of a config on which training does not depend, or which it compares itself."""
+_OWN = {"evaluation", "output", "device", "seed"}
+"""Parts of a config on which no training depends, or which it compares itself."""
+RANGE_FOLDER = "range_training"
+"""Where the checkpoint and the metrics.jsonl of range training lie, inside the run folder: they have the names of training's."""
 
 
 def check_training(model: PreTrainedModel, config: Config) -> None:
@@ -32,46 +40,57 @@ def check_training(model: PreTrainedModel, config: Config) -> None:
         UserError: if a window is longer than the model's context, or as
             `fptquant.stages.train_end_to_end.check_settings`.
     """
-    if config.training is not None:
-        check_window(model.config, config.training.window, "training.window")
-        check_settings(config.training)
+    for settings in (config.training, config.range_training):
+        if settings is not None:
+            check_window(model.config, settings.window, f"{settings.key}.window")
+            check_settings(settings)
 
 
 def training_data(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, *, progress: Progress = quiet
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    settings: EndToEndConfig | None,
+    *,
+    progress: Progress = quiet,
 ) -> TrainingData | None:
-    """The windows of the whole run, free of passages of the evaluation text; None for a config without training.
+    """The windows that a training of a config takes, free of passages of the evaluation text; None without settings.
 
     Raises:
         UserError: if the text is too short or cannot be had, or a window is longer than the model's context.
     """
-    training = config.training
-    if training is None:
+    if settings is None:
         return None
     check_training(model, config)
     return training_windows(
         tokenizer,
-        training.text,
-        windows=training.steps * training.batch,
-        window=training.window,
-        held_out=training.held_out_windows,
+        settings.text,
+        windows=settings.steps * settings.batch,
+        window=settings.window,
+        held_out=settings.held_out_windows,
         seed=config.seed,
-        distinct=training.distinct_windows,
+        distinct=settings.distinct_windows,
         model=model,
         excluded=[load_text(config.evaluation.text, "evaluation")],
         progress=progress,
     )
 
 
-def fingerprint(config: Config, weights: str) -> dict[str, Any]:
-    """What a run depends on besides the settings of training, its seed and its texts; plain values.
+def fingerprint(config: Config, weights: str, left_out: frozenset[str]) -> dict[str, Any]:
+    """What a stage depends on besides its own settings, its seed and its texts; plain values.
 
     Args:
         weights: a digest of the full-precision model before anything was merged: merging has last bits of its own on every
             machine, on which a checkpoint does not depend.
+        left_out: keys of the config that belong to the stage itself and to those after it.
     """
-    settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in _NO_INFLUENCE}
+    settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in _OWN | left_out}
     return {"config": settings, "weights": weights}
+
+
+BEFORE_TRAINING = frozenset({"training", "rounding", "range_training"})
+BEFORE_RANGE_TRAINING = frozenset({"range_training"})
+"""What `fingerprint` leaves out for training and the stages before it, and for range training."""
 
 
 def train_(
@@ -87,8 +106,8 @@ def train_(
 ) -> dict[str, Any]:
     """Trains transforms and ranges of an instrumented model end to end, and merges the best state; returns the report.
 
-    The ranges are set and on, the transforms attached (`fptquant.stages.student.attach_transforms_`). Where weights are in full
-    precision meanwhile, their ranges are set at the end, from the merged ones.
+    The ranges are set and on, the transforms attached (`fptquant.stages.transform_student.attach_transforms_`). Where weights are
+    in full precision meanwhile, their ranges are set at the end, from the merged ones.
 
     Args:
         weights: as in `fingerprint`.
@@ -98,35 +117,77 @@ def train_(
         UserError: if nothing is left to train, or as `train_end_to_end_`.
     """
     assert config.training is not None
-    if config.training.weights == "full_precision":
+    full_precision = config.training.weights == "full_precision"
+    if full_precision:
         set_modes(model, "off", "weight")
-    student = Student(model, transforms, config.training)
+    student = TransformStudent(model, transforms, config.training)
+    belongs_to = fingerprint(config, weights, BEFORE_TRAINING)
+    report = _train_(student, data, config.seed, belongs_to, folder=folder, resume=resume, progress=progress)
+    if full_precision:
+        set_weight_ranges_(model, progress=progress)
+    mixings = [module for module in transforms.modules() if isinstance(module, ValueMixing)]
+    return {**report, "largest_condition_number": max((float(m.condition_numbers().max()) for m in mixings), default=1.0)}
+
+
+def train_ranges_(
+    model: PreTrainedModel,
+    unrounded: Mapping[str, Tensor],
+    config: Config,
+    data: TrainingData,
+    *,
+    weights: str,
+    folder: Path | None = None,
+    resume: bool = False,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Trains the ranges of a calibrated model end to end while the integers of its weights stay; returns the report.
+
+    Args:
+        unrounded: as in `fptquant.stages.range_student.RangeStudent`.
+        weights: as in `fingerprint`.
+        folder: the run folder; checkpoint and metrics.jsonl lie in its folder ``range_training``. Nowhere by default.
+        resume: as in `fptquant.stages.train_end_to_end.train_end_to_end_`.
+
+    Raises:
+        UserError: if nothing is left to train, or as `train_end_to_end_`.
+    """
+    assert config.range_training is not None
+    student = RangeStudent(model, unrounded, config.range_training)
+    belongs_to = fingerprint(config, weights, BEFORE_RANGE_TRAINING)
+    own = None if folder is None else folder / RANGE_FOLDER
+    if own is not None:
+        on_main(lambda: own.mkdir(exist_ok=True))
+    return _train_(student, data, config.seed, belongs_to, folder=own, resume=resume, progress=progress)
+
+
+def _train_(
+    student: Student,
+    data: TrainingData,
+    seed: int,
+    belongs_to: dict[str, Any],
+    *,
+    folder: Path | None,
+    resume: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Trains a student and finishes it in its best state; returns the report."""
+    settings = student.settings
     if not student.parameter_groups():
         raise UserError(
-            "training: nothing is left to train; the config uses no transform and no static range that has a learning rate "
-            "(training.lr)"
+            f"{settings.key}: nothing is left to train; the config uses nothing that has a learning rate ({settings.key}.lr)"
         )
     with over_processes(student) as forward:
         report = train_end_to_end_(
             student,
             data.train,
             data.held_out,
-            config.training,
-            seed=config.seed,
+            settings,
+            seed=seed,
             folder=folder,
             resume=resume,
             progress=progress,
-            fingerprint=fingerprint(config, weights),
+            fingerprint=belongs_to,
             forward=forward,
         )
     student.finish_()
-    if config.training.weights == "full_precision":
-        set_weight_ranges_(model, progress=progress)
-    mixings = [module for module in transforms.modules() if isinstance(module, ValueMixing)]
-    return {
-        **report.as_dict(),
-        "text": data.source,
-        "epochs": data.epochs,
-        "dropped_windows": data.dropped,
-        "largest_condition_number": max((float(m.condition_numbers().max()) for m in mixings), default=1.0),
-    }
+    return {**report.as_dict(), "text": data.source, "epochs": data.epochs, "dropped_windows": data.dropped}

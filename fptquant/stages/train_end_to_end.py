@@ -1,4 +1,6 @@
-"""End-to-end training: a quantized student learns to say what its own full-precision teacher says.
+"""Training end to end: a quantized student learns to say what its own full-precision teacher says.
+
+Its parameters are transforms and ranges (`fptquant.stages.transform_student`), or ranges alone (`fptquant.stages.range_student`).
 
 Every step sees `batch` windows, in micro batches and split over the processes: window i of step s, both from 0, is number
 (s batch + i) mod count of the training windows, which are shuffled already. The loss of a step is the mean over its windows
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fptquant.config.differences import differences
-from fptquant.config.schema import WITHOUT_INFLUENCE, TrainingConfig
+from fptquant.config.schema import WITHOUT_INFLUENCE, EndToEndConfig
 from fptquant.errors import UserError
 from fptquant.files import check_same_run
 from fptquant.fingerprint import machine, tensors_digest
@@ -44,7 +46,6 @@ from fptquant.training.optimizer import GroupedAdamW
 from fptquant.training.report import TrainingReport
 from fptquant.training.trainable import Trainable
 
-DESCRIPTION = "end-to-end training"
 _SMOOTHING = 0.9
 _LATE = 0.75
 """A best state from before this share of the steps is worth a word."""
@@ -54,7 +55,7 @@ def train_end_to_end_(
     student: Trainable,
     train: Tensor,
     held_out: Tensor,
-    settings: TrainingConfig,
+    settings: EndToEndConfig,
     *,
     seed: int,
     folder: Path | None = None,
@@ -81,7 +82,7 @@ def train_end_to_end_(
     """
     check_settings(settings)
     if settings.tensorboard and folder is None:
-        raise UserError("training.tensorboard needs a folder to write into; run it by `fptquant run`, or give folder=")
+        raise UserError(f"{settings.key}.tensorboard needs a folder to write into; run it by `fptquant run`, or give folder=")
     belongs_to = {
         "training": {key: value for key, value in settings.model_dump().items() if key not in WITHOUT_INFLUENCE},
         "seed": seed,
@@ -98,7 +99,7 @@ def train_end_to_end_(
             trainer.log.close()
 
 
-def check_settings(settings: TrainingConfig) -> None:
+def check_settings(settings: EndToEndConfig) -> None:
     """Refuses what cannot be done with these processes and packages.
 
     Raises:
@@ -106,10 +107,11 @@ def check_settings(settings: TrainingConfig) -> None:
     """
     if settings.batch % world_size():
         raise UserError(
-            f"training.batch = {settings.batch} windows cannot be split evenly over {world_size()} processes; choose a multiple"
+            f"{settings.key}.batch = {settings.batch} windows cannot be split evenly over {world_size()} processes; "
+            "choose a multiple"
         )
     if settings.tensorboard:
-        check_tensorboard()
+        check_tensorboard(settings.key)
 
 
 class _Trainer:
@@ -120,7 +122,7 @@ class _Trainer:
         student: Trainable,
         train: Tensor,
         held_out: Tensor,
-        settings: TrainingConfig,
+        settings: EndToEndConfig,
         forward: Callable[[Tensor], Tensor],
         belongs_to: dict[str, Any],
         folder: Path | None,
@@ -174,7 +176,7 @@ class _Trainer:
             # Half a step of other processes is of no use to these; nothing has moved since its beginning.
             self.position.losses, self.position.step_seconds = [], 0.0
             self.optimizer.load_(checkpoint.optimizer, {})
-        tell(self.progress, self.position.step, self.settings.steps, DESCRIPTION, "going on from the checkpoint")
+        tell(self.progress, self.position.step, self.settings.steps, self.settings.title, "going on from the checkpoint")
 
     def save(self) -> None:
         """Writes a checkpoint, if anything is written at all."""
@@ -224,21 +226,23 @@ class _Trainer:
 
     def finish(self) -> TrainingReport:
         """Puts back the best state and sums up."""
-        position, steps = self.position, self.settings.steps
+        position, settings, steps = self.position, self.settings, self.settings.steps
         best_step, best = min(position.curve, key=lambda point: point[1])
         if best_step == 0:
-            self._notice("training did not lower the held-out divergence: the state before it is kept; lower training.lr")
+            self._notice(
+                f"{settings.title} did not lower the held-out divergence: the state before it is kept; lower {settings.key}.lr"
+            )
         elif best_step < _LATE * steps:
             self._notice(
                 f"the held-out divergence was lowest after {best_step} of {steps} steps; that state is kept. "
-                "A lower training.lr or fewer steps may do better"
+                f"A lower {settings.key}.lr or fewer steps may do better"
             )
         self.student.load_trainable_state_(self.best)
         self.save()
-        tell(self.progress, steps, steps, DESCRIPTION, self._note())
+        tell(self.progress, steps, steps, settings.title, self._note())
         return TrainingReport(
             steps=steps,
-            tokens=steps * self.settings.batch * self.train.shape[1],
+            tokens=steps * settings.batch * self.train.shape[1],
             initial=position.curve[0][1],
             best=best,
             best_step=best_step,
@@ -306,7 +310,7 @@ class _Trainer:
             seconds=position.seconds,
         )
         if position.step < self.settings.steps:
-            tell(self.progress, position.step, self.settings.steps, DESCRIPTION, self._note())
+            tell(self.progress, position.step, self.settings.steps, self.settings.title, self._note())
 
     def _count_time(self, started: float) -> None:
         self.last_unit = time.perf_counter() - started
@@ -323,7 +327,7 @@ class _Trainer:
         """Measures the held-out windows, each process its share, and keeps the state if it is the best so far."""
         position, started = self.position, time.perf_counter()
         if position.step == 0:
-            tell(self.progress, 0, self.settings.steps, DESCRIPTION, "measuring the held-out windows")
+            tell(self.progress, 0, self.settings.steps, self.settings.title, "measuring the held-out windows")
         summed = 0.0
         for piece, weight in self._held_out_pieces():
             value = float(self.student.divergence(piece))
@@ -375,4 +379,4 @@ class _Trainer:
     def _stop_if(self, what: str | None, pieces: Sequence[Tensor]) -> None:
         """Ends the run in all processes if something is wrong in one."""
         when = f"step {self.position.step + 1} of {self.settings.steps}"
-        stop_if(what, when, self.student, self.optimizer.named, pieces)
+        stop_if(what, when, self.settings.key, self.student, self.optimizer.named, pieces)

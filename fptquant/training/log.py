@@ -17,16 +17,14 @@ METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
 
 
-def check_tensorboard() -> None:
-    """Refuses TensorBoard where it is not installed.
+def check_tensorboard(key: str = "training") -> None:
+    """Refuses TensorBoard where it is not installed; ``key``: where the setting stands in a config.
 
     Raises:
         UserError: says what to install.
     """
     if importlib.util.find_spec("tensorboard") is None:
-        raise UserError(
-            "training.tensorboard needs a package: pip install 'fptquant[tensorboard]', or set training.tensorboard=false"
-        )
+        raise UserError(f"{key}.tensorboard needs a package: pip install 'fptquant[tensorboard]', or set {key}.tensorboard=false")
 
 
 class MetricsLog:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fptquant.config.schema import TrainingConfig
+from fptquant.config.schema import EndToEndConfig
 from fptquant.errors import UserError
 
 Groups = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
@@ -44,10 +44,12 @@ class GroupedAdamW:
         UserError: if there is nothing to train, or a group has no learning rate.
     """
 
-    def __init__(self, groups: Groups, settings: TrainingConfig) -> None:
+    def __init__(self, groups: Groups, settings: EndToEndConfig) -> None:
         self.named = {name: parameter for members in groups.values() for name, parameter in members}
         if not self.named:
-            raise UserError("nothing is trained: no parameter belongs to a group with a learning rate; set one under training.lr")
+            raise UserError(
+                f"nothing is trained: no parameter belongs to a group with a learning rate; set one under {settings.key}.lr"
+            )
         self.peaks = {group: _peak(settings, group) for group, members in groups.items() if members}
         self._settings = settings
         self._groups = {group: [parameter for _, parameter in groups[group]] for group in self.peaks}
@@ -121,8 +123,8 @@ class GroupedAdamW:
             parameter.grad = None if saved is None else saved.to(parameter.device, copy=True)
 
 
-def _peak(settings: TrainingConfig, group: str) -> float:
+def _peak(settings: EndToEndConfig, group: str) -> float:
     peak: float | None = getattr(settings.lr, group)
     if peak is None:
-        raise UserError(f"training.lr.{group} is null, but its parameters are to be trained; give it a learning rate")
+        raise UserError(f"{settings.key}.lr.{group} is null, but its parameters are to be trained; give it a learning rate")
     return peak

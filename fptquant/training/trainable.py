@@ -21,7 +21,7 @@ class Trainable(Protocol):
         """The mean Jensen-Shannon divergence from the teacher, a scalar without gradient, everything quantized as at the end."""
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Names and parameters of each group; a group is a field of `fptquant.config.schema.LearningRates`."""
+        """Names and parameters of each group; a group is a field of ``settings.lr``."""
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Everything that training changes, by name."""

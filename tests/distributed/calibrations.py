@@ -27,20 +27,28 @@ from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
 
 BATCH, STEPS, HELD_OUT = 4, 6, 3
 TRAINING = f"training={{steps: {STEPS}, batch: {BATCH}, window: 24, text: topics, held_out_windows: {HELD_OUT}, evaluate_every: 2}}"
+RANGES = TRAINING.replace("training=", "range_training=").replace(f"steps: {STEPS}", "steps: 4")
 QUANTIZATION = [
     "quantization=w4a4kv4-static",
     "quantization.activation.range={method: lp, candidates: 10}",
     "calibration.windows=3",
 ]
 RATES = "query_key_rotation: 0.005, value_mixing: 0.005, up_scaling: 0.005, residual_rotation: 0.003, weight_range: 0.005"
-SETTINGS = [TRAINING, f"training.lr={{{RATES}, activation_range: 0.005, kv_cache_range: 0.005}}", *QUANTIZATION]
+SETTINGS = [TRAINING, f"training.lr={{{RATES}, activation_range: 0.005, kv_cache_range: 0.005}}", RANGES, *QUANTIZATION]
+
+
+def both(*settings: str) -> list[str]:
+    """Settings of training and of range training."""
+    return [f"{stage}.{setting}" for stage in ("training", "range_training") for setting in settings]
+
+
 CASES: dict[str, tuple[int, list[str]]] = {
-    "one, in parts": (1, ["training.micro_batch=2"]),
+    "one, in parts": (1, both("micro_batch=2")),
     "two": (2, []),
-    "two, sharded": (2, ["training.shard_weights=true"]),
-    "two, sharded and replayed": (2, ["training.shard_weights=true", "training.activation_checkpointing=true"]),
+    "two, sharded": (2, both("shard_weights=true")),
+    "two, sharded and replayed": (2, both("shard_weights=true", "activation_checkpointing=true")),
     "one, double": (1, ["dtype=float64"]),
-    "two, double": (2, ["dtype=float64", "training.micro_batch=1"]),
+    "two, double": (2, ["dtype=float64", *both("micro_batch=1")]),
 }
 """Number of processes and settings."""
 
@@ -58,6 +66,7 @@ def calibrate_tiny(folder: Path, rank: int, options: list[str]) -> None:
         "weights": result.model.state_dict(),
         "transforms": result.transforms.state_dict(),
         "training": result.metrics["training"],
+        "range_training": result.metrics["range_training"],
         "local": result.metrics["local"],
         "plain": plain == (type(view.decoder), type(view.layers[0])),
         "hooks": sum(len(module._state_dict_pre_hooks) + len(module._forward_pre_hooks) for module in view.layers.modules()),
@@ -67,7 +76,7 @@ def calibrate_tiny(folder: Path, rank: int, options: list[str]) -> None:
 
 def measure_sharding(found: dict[str, Any]) -> None:
     """Notes the bytes of every layer before and after it is sharded, and how many layers are whole while one is at work."""
-    shard, layers = shard_weights.fully_shard, []
+    shard, layers = shard_weights.fully_shard, set[nn.Module]()
 
     def count(module: nn.Module, args: Any) -> None:
         whole = sum(not isinstance(next(layer.parameters()), DTensor) for layer in layers)
@@ -76,7 +85,7 @@ def measure_sharding(found: dict[str, Any]) -> None:
     def noted(module: nn.Module, **options: Any) -> None:
         if "ignored_params" not in options:  # a layer, not the decoder around them
             before = shard_weights.weight_bytes(module)
-            layers.append(module)
+            layers.add(module)
             module.register_forward_pre_hook(count)
         shard(module, **options)
         if "ignored_params" not in options:

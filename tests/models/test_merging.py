@@ -14,7 +14,7 @@ from fptquant.models.adapter import LINEAR_NAMES
 from fptquant.models.instrument import instrument
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.stages.set_ranges import set_weight_ranges_
-from fptquant.stages.student import Student, attach_transforms_
+from fptquant.stages.transform_student import TransformStudent, attach_transforms_
 from fptquant.transforms import TransformOptions
 from tests.models.prepare import setting
 from tests.models.tiny import token_ids
@@ -49,17 +49,17 @@ class MergedCopies(TorchDispatchMode):
         return result
 
 
-def make_student(rotation: float | None = None) -> Student:
+def make_student(rotation: float | None = None) -> TransformStudent:
     model = fused_model("LlamaForCausalLM", "hidden-576", dtype=torch.float32).requires_grad_(False)
     transforms = random_transforms(model, TRANSFORMS)
     instrument(model, setting(16, weight_bits=4), down_hadamard=True)
     attach_transforms_(model, transforms)
     set_weight_ranges_(model)
-    return Student(model, transforms, settings(rotation))
+    return TransformStudent(model, transforms, settings(rotation))
 
 
 @pytest.fixture(scope="module")
-def student() -> Student:
+def student() -> TransformStudent:
     made = make_student()
     made._prepare()
     return made
@@ -77,7 +77,7 @@ def test_the_count_sees_two_copies() -> None:
 
 
 @pytest.mark.parametrize("name", LINEAR_NAMES)
-def test_at_most_one_merged_copy_of_a_weight(student: Student, name: str) -> None:
+def test_at_most_one_merged_copy_of_a_weight(student: TransformStudent, name: str) -> None:
     linear = student.view.blocks[0].linear(name)
     assert isinstance(linear, QuantizedLinear)
     with MergedCopies(linear.weight) as copies:
@@ -100,7 +100,7 @@ def test_a_step_keeps_no_more_either() -> None:
     loss.backward()
 
 
-def test_merging_in_one_go_is_merging_one_by_one(student: Student) -> None:
+def test_merging_in_one_go_is_merging_one_by_one(student: TransformStudent) -> None:
     for name in LINEAR_NAMES:
         linear = student.view.blocks[1].linear(name)
         assert isinstance(linear, QuantizedLinear)

@@ -114,7 +114,7 @@ def test_a_teacher_pass_leaves_it_out() -> None:
     assert torch.equal(cache.layers[0].keys, plain.layers[0].keys)
 
 
-@pytest.mark.filterwarnings("ignore:the held-out divergence", "ignore:training did not lower")
+@pytest.mark.filterwarnings("ignore:the held-out divergence", "ignore:end-to-end training did not lower")
 @pytest.mark.parametrize("training", [False, True])
 def test_a_calibration_with_it_can_be_saved(tmp_path: Any, training: bool) -> None:
     options = ["training={steps: 2, window: 32, text: topics, held_out_windows: 1, evaluate_every: 1}"] if training else []

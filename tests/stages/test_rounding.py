@@ -94,7 +94,7 @@ def test_weights_in_full_precision_are_left_alone() -> None:
     assert all(torch.equal(value, expected[name]) for name, value in result.model.state_dict().items())
 
 
-@pytest.mark.filterwarnings("ignore:the held-out divergence", "ignore:training did not lower")
+@pytest.mark.filterwarnings("ignore:the held-out divergence", "ignore:end-to-end training did not lower")
 def test_it_follows_training() -> None:
     training = "training={steps: 2, window: 32, text: topics, held_out_windows: 1, evaluate_every: 1}"
     result = calibrate(config(training, "training.lr.weight_range=0.05"))

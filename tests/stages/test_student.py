@@ -13,7 +13,7 @@ from fptquant.models.instrument import instrument, iter_quantizers, set_modes
 from fptquant.models.prefix import compute_prefix_
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
-from fptquant.stages.student import Student, attach_transforms_
+from fptquant.stages.transform_student import TransformStudent, attach_transforms_
 from fptquant.transforms import TransformOptions
 from tests.models.prepare import setting
 from tests.models.tiny import ARCHITECTURES, token_ids
@@ -45,7 +45,7 @@ def make(
     training: TrainingConfig | None = None,
     dtype: torch.dtype = torch.float64,
     spread: bool = True,
-) -> Student:
+) -> TransformStudent:
     """A student on a tiny random model, its ranges set; its transforms random, or at their start."""
     model = fused_model(architecture, "hidden-36", dtype=dtype).requires_grad_(False)
     options = EVERYTHING[architecture]
@@ -59,11 +59,11 @@ def make(
         compute_prefix_(model, quantization.prefix)
     set_weight_ranges_(model)
     set_activation_ranges_(model, token_ids(4, 24, seed=7))
-    return Student(model, transforms, training or settings())
+    return TransformStudent(model, transforms, training or settings())
 
 
 @torch.no_grad()
-def logits(student: Student) -> Tensor:
+def logits(student: TransformStudent) -> Tensor:
     return student.view.lm_head(student._student_hidden(token_ids())).double()
 
 
@@ -190,7 +190,7 @@ def test_checkpointed_activations_give_the_same_gradients() -> None:
 def test_only_what_has_a_learning_rate_is_trained() -> None:
     rates = {"query_key_rotation": None, "weight_range": None, "kv_cache_range": None}
     student = make(training=TrainingConfig.model_validate({"lr": rates}))
-    assert list(student.parameter_groups()) == ["value_mixing", "up_scaling", "activation_range"]
+    assert list(student.parameter_groups()) == ["activation_range", "value_mixing", "up_scaling"]
     student(token_ids()).backward()
     named = {name for group in student.parameter_groups().values() for name, _ in group}
     assert len(named) == len(list(student.parameters()))

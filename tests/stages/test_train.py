@@ -16,7 +16,7 @@ from tests.models.tiny import tiny_model
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:the held-out divergence", "ignore:training did not lower", "ignore:the held-out loss"
+    "ignore:the held-out divergence", "ignore:end-to-end training did not lower", "ignore:the held-out loss"
 )
 SHORT = (
     "training.steps=3", "training.window=32", "training.text=topics", "training.held_out_windows=1", "training.evaluate_every=1",

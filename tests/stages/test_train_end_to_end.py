@@ -256,6 +256,6 @@ def test_impossible_wishes_are_refused_before_work(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match=r"training\.batch = 3 windows cannot be split evenly over 2 processes"):
         run(Toy())
     monkeypatch.undo()
-    monkeypatch.setattr("fptquant.stages.train_end_to_end.check_tensorboard", lambda: None)
+    monkeypatch.setattr("fptquant.stages.train_end_to_end.check_tensorboard", lambda key: None)
     with pytest.raises(UserError, match=r"training\.tensorboard needs a folder"):
         run(Toy(), tensorboard=True)
