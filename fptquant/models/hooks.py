@@ -11,8 +11,9 @@ from torch.utils.hooks import RemovableHandle
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Removes hooks that were just registered when the block ends, however it ends."""
-    registered = list(handles)
+    registered: list[RemovableHandle] = []
     try:
+        registered.extend(handles)  # which keeps those before an error in the middle
         yield
     finally:
         for handle in registered:

@@ -19,7 +19,7 @@ from fptquant.evaluation.cost import runtime_cost
 from fptquant.evaluation.evaluate import build_reference, evaluate_windows, evaluation_windows
 from fptquant.evaluation.teacher import ProgressCallback, TeacherCache
 from fptquant.files import KeptFiles
-from fptquant.memory import peak_bytes, reset_peak
+from fptquant.memory import peak_bytes, reset_peak, return_memory
 from fptquant.models.adapter import view_model
 from fptquant.models.loading import load_model
 from fptquant.reports.plots import plot_activations, plot_block_errors, plot_outliers
@@ -210,6 +210,7 @@ def run_config(
     searched = None
     if config.quantization.prefix == AUTO_PREFIX and config.quantization.quantized_sites:
         searched = f"{config.calibration} {config.seed}"
+    return_memory()  # what is left of earlier runs would count among what this one needs
     reset_peak()
     result: CalibrationResult = calibrate(
         baseline.model,

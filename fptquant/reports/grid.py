@@ -17,15 +17,18 @@ from fptquant.diagnostics import diagnostics
 from fptquant.errors import ProcessLost, UserError
 from fptquant.files import replace_file
 from fptquant.reports.experiment import Baseline, measure_baseline, needed_bytes, open_model, preflight, results_folder, run_config
-from fptquant.reports.grid_folder import BASELINE, GRID, check_table, grid_folder
-from fptquant.reports.plots import plot_block_errors, plot_cost
+from fptquant.reports.grid_folder import BASELINE, GRID, check_table, grid_folder, measured_on
+from fptquant.reports.plots import plot_block_error_map, plot_block_errors, plot_cost
 from fptquant.reports.progress import Labeled, Progress
 from fptquant.reports.run_folder import RUN_MARKER, check_output, to_json
 from fptquant.reports.table import Row, csv_table, latex_table, markdown_table
-from fptquant.reports.unfinished_run import EVALUATION, partial_folder
+from fptquant.reports.unfinished_run import EVALUATION, is_begun
 from fptquant.stages.distributed import is_main, main_holds, on_main, world_size
 from fptquant.stages.progress import Progress as ProgressCallback
 from fptquant.stages.progress import say
+
+_CURVES = 8
+"""Cells whose errors are drawn as curves; more become a map."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class _Grid:
 
     def _full_precision(self, model: TableModel) -> tuple[Row | None, str | None]:
         file = self.folder / model_folder(model) / BASELINE
-        return Row.from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None, None
+        return Row.from_dict(json.loads(file.read_text(encoding="utf-8"))["row"]) if file.is_file() else None, None
 
     def _row(self, cell: Cell) -> tuple[Row | None, str]:
         if self.finished(cell):
@@ -151,7 +154,8 @@ class _Grid:
         plots = self.folder / "plots"
         plots.mkdir(exist_ok=True)
         if done:
-            plot_block_errors(errors, plots / "block_errors.png")
+            plot_errors = plot_block_errors if len(done) <= _CURVES else plot_block_error_map
+            plot_errors(errors, plots / "block_errors.png")
             plot_cost(self.rows(), plots / "cost.png", title=self.table.name)
 
 
@@ -183,7 +187,7 @@ def _failing(grid: _Grid, cells: Sequence[Cell], progress: ProgressCallback) -> 
     try:
         yield
     except Exception as error:
-        if world_size() > 1 or isinstance(error, ProcessLost):
+        if world_size() > 1 or isinstance(error, ProcessLost) or not cells:
             raise
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         for cell in cells:
@@ -211,17 +215,18 @@ def _open(grid: _Grid, cells: Sequence[Cell], here: Path, save: bool, progress: 
     labeled = Labeled(progress, f"{cells[0].model.name}: ") if len(grid.table.models) > 1 else progress
     baseline = measure_baseline(model, tokenizer, len(windows), cells[0].config, here / EVALUATION, labeled)
     if is_main():
-        replace_file(here / BASELINE, to_json(replace(baseline.row, method=FULL_PRECISION).as_dict()).encode())
+        row = replace(baseline.row, method=FULL_PRECISION).as_dict()
+        replace_file(here / BASELINE, to_json({"row": row, "of": measured_on(cells[0].config)}).encode())
     return baseline
 
 
 def _run_cell(baseline: Baseline, folder: Path, cell: Cell, save: bool, progress: ProgressCallback, *, last: bool) -> None:
     output = folder / cell.folder
-    under_way = on_main(partial_folder(output).is_dir)
+    under_way = on_main(lambda: is_begun(output))
     if is_main():
         _traceback(output).unlink(missing_ok=True)
     labeled = Labeled(progress, f"{cell.folder.removeprefix('cells/')}: ")
-    with results_folder(cell.config, output, overwrite=False, resume=under_way) as partial:
+    with results_folder(cell.config, output, overwrite=not under_way, resume=under_way) as partial:
         # The last one needs no copy: nobody asks the full-precision model any more.
         title = f"{cell.config.name} on {cell.config.model}"
         run_config(baseline, cell.config, partial, labeled, title=title, resume=under_way, save=save, in_place=last)

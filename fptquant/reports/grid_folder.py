@@ -16,15 +16,17 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from fptquant.config.differences import differences
 from fptquant.config.loading import dump_config
-from fptquant.config.tables import Cell, TableConfig, table_cells
+from fptquant.config.schema import Config
+from fptquant.config.tables import Cell, TableConfig, model_folder, table_cells
 from fptquant.errors import UserError
 from fptquant.reports.run_folder import check_output, make_parents
-from fptquant.reports.unfinished_run import MAY_CHANGE, alone, partial_folder
+from fptquant.reports.unfinished_run import MAY_CHANGE, alone, partial_folder, read_mapping
 
 GRID = "table.yaml"
 """A folder with this file holds a table."""
@@ -55,17 +57,24 @@ def check_table(table: TableConfig, *, overwrite: bool = False, resume: bool = F
     return cells
 
 
+def measured_on(config: Config) -> dict[str, Any]:
+    """The parts of a config that decide what the full-precision model scores, as plain values."""
+    return config.model_dump(mode="json", include={"model", "dtype", "device", "evaluation"})
+
+
 def _check_cells(folder: Path, cells: Sequence[Cell]) -> None:
-    """Refuses a folder in which a cell, finished or not, has another config than the grid now says."""
+    """Refuses a folder in which full precision or a cell, finished or not, has another config than the grid now says."""
     problems = []
     for cell in cells:
         wanted = yaml.safe_load(dump_config(cell.config))
         for place in (folder / cell.folder, partial_folder(folder / cell.folder)):
-            file = place / "config.yaml"
-            if not file.is_file():
-                continue
-            other = differences(yaml.safe_load(file.read_text(encoding="utf-8")), wanted, ignored=MAY_CHANGE)
+            saved = read_mapping(place / "config.yaml")
+            other = [] if saved is None else differences(saved, wanted, ignored=MAY_CHANGE)
             problems += [f"  {place.name}: {'; '.join(other)}"] if other else []
+    for model, cell in {cell.model.name: cell for cell in cells}.items():
+        saved = read_mapping(folder / model_folder(cell.model) / BASELINE)
+        other = [] if saved is None else differences(saved["of"], measured_on(cell.config))
+        problems += [f"  {BASELINE} of {model}: {'; '.join(other)}"] if other else []
     if problems:
         raise UserError(
             "\n".join([f"{folder} has cells of other settings; set these as they were, or remove their folders:", *problems])

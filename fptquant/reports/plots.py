@@ -198,6 +198,29 @@ def draw_block_errors(errors: Mapping[str, Sequence[float]], *, title: str = "",
     return figure
 
 
+def plot_block_error_map(
+    errors: Mapping[str, Sequence[float]], path: Path, *, title: str = "Error of the residual after every block"
+) -> None:
+    """The same for more runs than curves can be told apart: a line of colored cells for each run, a column for each block."""
+    decibels = [-20 * np.log10(np.maximum(np.asarray(values, dtype=np.float64), 1e-8)) for values in errors.values()]
+    columns = max(map(len, decibels))
+    values = np.full((len(decibels), columns), np.nan)
+    for row, found in enumerate(decibels):
+        values[row, : len(found)] = found
+    longest = max(map(len, errors))
+    figure = new_figure(2.4 + 0.07 * longest + max(0.16 * columns, 3), 1.6 + 0.2 * len(errors))
+    axes = figure.subplots()
+    figure.suptitle(title, fontsize=13, x=0.01, ha="left", fontweight="bold")
+    image = axes.imshow(values, cmap="viridis", aspect="auto", interpolation="none")
+    axes.set_yticks(range(len(errors)), list(errors), fontsize=7.5)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel("block", fontsize=9)
+    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=40)
+    bar.set_label("SQNR in dB, higher is better", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def plot_cost(rows: Sequence[Row], path: Path, *, title: str) -> None:
     """Perplexity of every method against what it adds at run time, a panel for each model and setting; lower left is better.
 

@@ -277,7 +277,10 @@ def _perplexity(row: Row) -> float:
     return math.inf if row.evaluation is None else row.evaluation.perplexity
 
 
+_LATEX = str.maketrans(
+    {**{c: f"\\{c}" for c in "&%$#_{}"}, "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+)
+
+
 def _latex(text: str) -> str:
-    for special in "&%$#_{}":
-        text = text.replace(special, f"\\{special}")
-    return text
+    return text.translate(_LATEX)

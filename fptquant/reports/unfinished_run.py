@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -82,13 +83,24 @@ def check_run(
     check_output(path, overwrite=overwrite, needed_bytes=needed_bytes - written)
 
 
+def is_begun(path: str | Path) -> bool:
+    """Whether an unfinished run with this output says what it is; if not, there is nothing to go on with."""
+    return read_mapping(partial_folder(path) / "config.yaml") is not None
+
+
+def read_mapping(file: Path) -> dict[str, Any] | None:
+    """The mapping that a YAML or JSON file holds; None if there is none, whole."""
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def _check_description(partial: Path, description: Description) -> None:
     for name, text in description.items():
-        try:
-            saved = yaml.safe_load((partial / name).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            saved = None
-        if not isinstance(saved, dict):
+        saved = read_mapping(partial / name)
+        if saved is None:
             raise UserError(f"{partial / name} is missing or damaged; start anew with --overwrite")
         other = differences(saved, yaml.safe_load(text), ignored=MAY_CHANGE)
         if other:

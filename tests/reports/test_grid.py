@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -301,3 +303,34 @@ def test_a_table_does_not_mix_cells_of_other_settings(model: Path, tmp_path: Pat
     make(grid(tmp_path / "out", model, methods=["rtn"], settings=["w4a16"]))
     with pytest.raises(UserError, match=r"(?s)cells of other settings.*rtn-w4a16: seed: 0, now 1"):
         make(grid(tmp_path / "out", model, methods=["rtn"], settings=["w4a16"], overrides=[*SMALL, "seed=1"]), resume=True)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_full_precision_of_another_model_is_not_taken_for_its_own(model: Path, tmp_path: Path) -> None:
+    made = make(grid(tmp_path / "out", model, methods=["rtn"], settings=["w4a16"]))
+    shutil.rmtree(made.folder / "cells" / "tiny" / "rtn-w4a16")
+    other = save_tiny_folder(tmp_path / "elsewhere" / "tiny", seed=1)
+    with pytest.raises(UserError, match=r"(?s)cells of other settings.*full-precision\.json of tiny: model: .*elsewhere"):
+        make(grid(tmp_path / "out", other, methods=["rtn"], settings=["w4a16"]), resume=True)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_cell_that_was_killed_before_it_said_what_it_is_begins_anew(model: Path, tmp_path: Path) -> None:
+    table = grid(tmp_path / "out", model, methods=["rtn"], settings=["w4a16"])
+    expected = scores(make(table))
+    cell = tmp_path / "out" / "cells" / "tiny" / "rtn-w4a16"
+    shutil.rmtree(cell)
+    partial = cell.with_name("rtn-w4a16.partial")
+    partial.mkdir()
+    (partial / "config.yaml").write_text("name: [")
+    (partial / "checkpoint.safetensors").write_bytes(b"half")
+    made = make(table, resume=True)
+    assert made.failed == []
+    assert scores(made) == expected
+    assert not partial.exists()
+
+
+def test_methods_of_any_name_can_be_set_in_latex() -> None:
+    row = Row("mine", "w4a16", Evaluation(29.2, 0.1, 0.9, 8184, 3.0, "a text"), 3.0)
+    text = latex_table([replace(row, method=r"a_b^2~\c")], title="t")
+    assert r"a\_b\textasciicircum{}2\textasciitilde{}\textbackslash{}c & \textbf{29.20} \\" in text

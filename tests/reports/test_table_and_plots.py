@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fptquant.evaluation.evaluate import Evaluation
-from fptquant.reports.plots import plot_activations, plot_block_errors, plot_outliers, shrink
+from fptquant.reports.plots import plot_activations, plot_block_error_map, plot_block_errors, plot_outliers, shrink
 from fptquant.reports.progress import Labeled, Progress
 from fptquant.reports.statistics import collect_activations
 from fptquant.reports.table import Row, markdown_table, rich_table
@@ -66,6 +66,14 @@ def test_plots_are_written(tmp_path: Path) -> None:
     plot_block_errors({"rtn": [0.1, 0.3], "exact": [0.0, 0.0]}, tmp_path / "errors.png")
     for name in ("activations", "outliers", "errors"):
         assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_map_of_block_errors_grows_with_the_runs(tmp_path: Path) -> None:
+    heights = []
+    for runs in (2, 40):
+        plot_block_error_map({f"run {index}": [0.1, 0.3, 0.2][: 3 - index % 2] for index in range(runs)}, tmp_path / "map.png")
+        heights.append(int.from_bytes((tmp_path / "map.png").read_bytes()[20:24], "big"))
+    assert heights[1] > heights[0] + 38 * 15
 
 
 def test_progress_without_a_terminal_is_one_line_per_step() -> None:
