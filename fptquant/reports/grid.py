@@ -182,17 +182,23 @@ def _run_model(grid: _Grid, cells: Sequence[Cell], save: bool, progress: Progres
 
 
 @contextmanager
-def _failing(grid: _Grid, cells: Sequence[Cell], progress: ProgressCallback) -> Iterator[None]:
-    """Notes an error for the cells that it strikes; with several processes, which would wait for each other, it ends them all."""
+def _failing(grid: _Grid, cells: Sequence[Cell], progress: ProgressCallback, *, alike: bool = False) -> Iterator[None]:
+    """Notes an error for the cells that it strikes; with several processes, which would wait for each other, it ends them all.
+
+    Args:
+        alike: what the user can mend is found by every process in the same way: nobody waits.
+    """
     try:
         yield
     except Exception as error:
-        if world_size() > 1 or isinstance(error, ProcessLost) or not cells:
+        apart = world_size() > 1 and not (alike and isinstance(error, UserError))
+        if apart or isinstance(error, ProcessLost) or not cells:
             raise
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         for cell in cells:
             grid.errors[cell.folder] = " ".join(reason.split())
-            say(progress, f"failed: {cell.folder.removeprefix('cells/')}: {reason}")
+            if is_main():
+                say(progress, f"failed: {cell.folder.removeprefix('cells/')}: {reason}")
         if not isinstance(error, UserError):  # a mistake of ours: where it happened is worth knowing
             replace_file(_traceback(grid.folder / cells[0].folder), traceback.format_exc().encode())
 
@@ -208,7 +214,7 @@ def _open(grid: _Grid, cells: Sequence[Cell], here: Path, save: bool, progress: 
         here.mkdir(parents=True, exist_ok=True)
     model, tokenizer, windows = open_model(cells[0].config)
     for cell in cells:
-        with _failing(grid, [cell], progress):
+        with _failing(grid, [cell], progress, alike=True):
             preflight(model, tokenizer, cell.config)
     needed = needed_bytes(model, windows, [cell.config for cell in cells], save=save)
     on_main(lambda: check_output(grid.folder, overwrite=True, marker=GRID, needed_bytes=needed))
