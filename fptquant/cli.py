@@ -259,7 +259,7 @@ def evaluate(
             progress=progress,
         )
     console = Console(highlight=False)
-    console.print(rich_table(found.rows, title="evaluation", width=console.width), *found.further.tables(), sep="\n\n")
+    console.print(rich_table(found.rows, title="evaluation", width=console.width), *found.tables(), sep="\n\n")
     if output is not None:
         console.print(f"written to {escape(output)}")
 

@@ -419,12 +419,23 @@ class CalibrationConfig(StrictModel):
     window: int = Field(default=512, ge=2)
 
 
+class ZeroShotConfig(StrictModel):
+    """Tasks that lm-eval scores, without examples before a question."""
+
+    tasks: str = Field(
+        min_length=1, description="names that lm-eval knows, NAME=FILE.jsonl, or a folder of NAME.jsonl; several with commas"
+    )
+    limit: int | None = Field(default=None, ge=1, description="first examples of each task; null: all")
+    batch_size: int = Field(default=16, ge=1, description="texts that are read at once")
+
+
 class EvaluationConfig(StrictModel):
-    """Text on which perplexity and agreement are measured."""
+    """Text on which perplexity and agreement are measured, and zero-shot tasks."""
 
     text: str = Field(default="auto", min_length=1)
     windows: Windows = Field(default=8, description="the first ones, or all")
     window: int = Field(default=1024, ge=2)
+    zero_shot: ZeroShotConfig | None = None
 
 
 DType = Literal["float32", "float64", "bfloat16", "float16"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fptquant.errors import UserError
 from fptquant.evaluation.zero_shot_tasks import check_lm_eval, load_tasks, parse_tasks, quiet_lm_eval
-from fptquant.files import KeptFile
+from fptquant.files import KeptFile, KeptFiles
 from fptquant.stages.progress import Progress, quiet
 
 if TYPE_CHECKING:
@@ -42,6 +42,35 @@ class TaskScore:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """What a model scored on several tasks, and how it was asked."""
+
+    scores: Mapping[str, TaskScore]
+    limit: int | None
+    batch_size: int
+    seed: int
+
+    @property
+    def mean_accuracy(self) -> float | None:
+        """Over the tasks that have an accuracy, each counting the same; None where there is none."""
+        accuracies = [score.metrics["acc"] for score in self.scores.values() if "acc" in score.metrics]
+        return sum(accuracies) / len(accuracies) if accuracies else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        tasks = {name: score.as_dict() for name, score in self.scores.items()}
+        return {"mean_accuracy": self.mean_accuracy, "tasks": tasks} | {
+            name: getattr(self, name) for name in ("limit", "batch_size", "seed")
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ZeroShot:
+        """What `as_dict` came from."""
+        scores = {name: TaskScore(**score) for name, score in data["tasks"].items()}
+        return cls(scores, data["limit"], data["batch_size"], data["seed"])
 
 
 def evaluate_zero_shot(
@@ -122,6 +151,11 @@ def _standard_error(aggregation: Any, value: float, values: Sequence[float]) -> 
     average = sum(values) / len(values)
     error = math.sqrt(sum((each - average) ** 2 for each in values) / (len(values) - 1) / len(values))
     return error if aggregation is mean else value * error
+
+
+def kept_tasks(kept: KeptFiles | None, name: str) -> Callable[[str], KeptFile] | None:
+    """The files of one model among those of several; the answers of each task in one."""
+    return None if kept is None else lambda task: kept.file(f"{name}-{task.replace('/', '-')}.json")
 
 
 def check_settings(limit: int | None, batch_size: int) -> None:

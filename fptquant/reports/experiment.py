@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,9 @@ from fptquant.diagnostics import diagnostics
 from fptquant.evaluation.cost import runtime_cost
 from fptquant.evaluation.evaluate import build_reference, evaluate_windows, evaluation_windows
 from fptquant.evaluation.teacher import ProgressCallback, TeacherCache
-from fptquant.files import KeptFiles
+from fptquant.evaluation.zero_shot import ZeroShot, check_tokenizer, evaluate_zero_shot, kept_tasks
+from fptquant.evaluation.zero_shot_tasks import load_tasks, parse_tasks
+from fptquant.files import KeptFile, KeptFiles
 from fptquant.memory import peak_bytes, reset_peak, return_memory
 from fptquant.models.adapter import view_model
 from fptquant.models.loading import load_model
@@ -35,6 +37,7 @@ from fptquant.reports.statistics import (
 )
 from fptquant.reports.table import Row, markdown_table
 from fptquant.reports.unfinished_run import EVALUATION, check_run, config_files, lasting_run_folder, note_checkpoint
+from fptquant.reports.zero_shot import zero_shot_markdown
 from fptquant.stages.calibrate import CalibrationResult, calibrate, calibration_windows, check_model
 from fptquant.stages.distributed import is_main, main_first, main_holds, on_main, world_size
 from fptquant.stages.find_prefix import check_prefix
@@ -57,11 +60,22 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """The full-precision model, and what it does on the evaluation text."""
+class Opened:
+    """A full-precision model, and what it is going to be evaluated on."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    windows: Tensor
+    """[windows, window], int64"""
+    tasks: dict[str, Any]
+    """lm-eval's, by name; in the main process alone."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The full-precision model, and what it does on the evaluation text."""
+
+    opened: Opened
     cache: TeacherCache
     shared: bool
     """Whether the cache holds this process's share of the evaluation windows, and not all of them."""
@@ -101,23 +115,32 @@ def run_experiment(
     """
     description = config_files(config)
     on_main(lambda: check_run(output, description, overwrite=overwrite, resume=resume, needed_bytes=_REPORT_BYTES))
-    model, tokenizer, windows = open_model(config)
-    preflight(model, tokenizer, config)
-    needed = needed_bytes(model, windows, [config], save=save)
+    opened = open_model(config, progress)
+    preflight(opened, config)
+    needed = needed_bytes(opened, [config], save=save)
     on_main(lambda: check_run(output, description, overwrite=overwrite, resume=resume, needed_bytes=needed))
     with results_folder(config, output, overwrite=overwrite, resume=resume) as folder:
-        baseline = measure_baseline(model, tokenizer, len(windows), config, folder / EVALUATION, progress)
+        baseline = measure_baseline(opened, config, folder / EVALUATION, progress)
         row = run_config(baseline, config, folder, progress, title=title, resume=resume, save=save, in_place=True)
     return Experiment([baseline.row, row], Path(output))
 
 
-def open_model(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Tensor]:
-    """A config's full-precision model and tokenizer, and the evaluation windows [windows, window]."""
+def open_model(config: Config, progress: ProgressCallback) -> Opened:
+    """A config's full-precision model, the evaluation windows, and its zero-shot tasks.
+
+    Raises:
+        UserError: if one of them cannot be had, or the window is longer than the model's context.
+    """
     device, settings = resolve_device(config.device), config.evaluation
     with main_first():  # models and texts are fetched once
         model, tokenizer = load_model(config.model, dtype=DTYPES[config.dtype], device=device)
         windows, _ = evaluation_windows(model, tokenizer, settings.text, settings.windows, settings.window)
-    return model, tokenizer, windows
+    opened = Opened(model, tokenizer, windows, {})
+    if settings.zero_shot is not None:
+        specs = parse_tasks(settings.zero_shot.tasks)
+        check_tokenizer(tokenizer)
+        on_main(lambda: opened.tasks.update(load_tasks(specs, progress)))
+    return opened
 
 
 @contextmanager
@@ -136,13 +159,14 @@ def results_folder(config: Config, output: str | Path, *, overwrite: bool, resum
             raise
 
 
-def preflight(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+def preflight(opened: Opened, config: Config) -> None:
     """Everything that a config asks of a model and of the texts before evaluation, in seconds.
 
     Raises:
         UserError: if a transform does not fit the model, a Hadamard size is impossible, a window is longer than the
             model's context, a group does not divide a layer, a text is too short, or training lacks a package.
     """
+    model, tokenizer = opened.model, opened.tokenizer
     check_model(model, config)
     check_training(model, config)
     check_rounding(model, config)
@@ -151,9 +175,10 @@ def preflight(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
     check_prefix(model, tokenizer, config, windows.shape[1], config.evaluation.window)
 
 
-def needed_bytes(model: PreTrainedModel, windows: Tensor, configs: Sequence[Config], *, save: bool) -> int:
+def needed_bytes(opened: Opened, configs: Sequence[Config], *, save: bool) -> int:
     """Disk space that runs on one model need: for reports, saved models, and what is kept until they are finished."""
-    states = windows.numel() * int(model.config.hidden_size) * model.dtype.itemsize
+    model = opened.model
+    states = opened.windows.numel() * int(model.config.hidden_size) * model.dtype.itemsize
     parameters = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     # Untying adds a head as large as the embedding, at most as much again; the smaller files are within the rest.
     embedding = view_model(model).embedding.weight
@@ -162,21 +187,14 @@ def needed_bytes(model: PreTrainedModel, windows: Tensor, configs: Sequence[Conf
     return states + rounded + len(configs) * (_REPORT_BYTES + saved)
 
 
-def measure_baseline(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    windows: int,
-    config: Config,
-    kept_in: Path,
-    progress: ProgressCallback,
-) -> Baseline:
-    """What the full-precision model does on the evaluation text, so many windows; those that are done are kept in a folder."""
-    settings = config.evaluation
+def measure_baseline(opened: Opened, config: Config, kept_in: Path, progress: ProgressCallback) -> Baseline:
+    """What the full-precision model does on the evaluation text and the tasks; what is done is kept in a folder."""
+    settings, model = config.evaluation, opened.model
     kept = KeptFiles(kept_in) if world_size() == 1 else None
-    shared = 1 < world_size() <= windows
+    shared = 1 < world_size() <= len(opened.windows)
     cache, evaluation = build_reference(
         model,
-        tokenizer,
+        opened.tokenizer,
         text=settings.text,
         windows=settings.windows,
         window=settings.window,
@@ -185,8 +203,29 @@ def measure_baseline(
         kept=kept,
     )
     tokens = cache.tokens[0, :PLOT_TOKENS]
-    row = Row(FULL_PRECISION, config.dtype, evaluation, evaluation.seconds)
-    return Baseline(model, tokenizer, cache, shared, kept, row, trace_residuals(model, tokens), collect_activations(model, tokens))
+    zero_shot = measure_zero_shot(opened, model, config, kept_tasks(kept, "full-precision"), progress)
+    row = Row(FULL_PRECISION, config.dtype, evaluation, evaluation.seconds, zero_shot=zero_shot)
+    return Baseline(opened, cache, shared, kept, row, trace_residuals(model, tokens), collect_activations(model, tokens))
+
+
+def measure_zero_shot(
+    opened: Opened,
+    model: PreTrainedModel,
+    config: Config,
+    kept: Callable[[str], KeptFile] | None,
+    progress: ProgressCallback,
+) -> ZeroShot | None:
+    """What a model scores on the tasks, if there are some; the main process alone asks it."""
+    settings = config.evaluation.zero_shot
+    if settings is None:
+        return None
+    asked: dict[str, Any] = {"limit": settings.limit, "batch_size": settings.batch_size, "seed": config.seed}
+
+    def ask() -> ZeroShot:
+        scores = evaluate_zero_shot(model, opened.tokenizer, opened.tasks, **asked, progress=progress, kept=kept)
+        return ZeroShot(scores, **asked)
+
+    return on_main(ask)
 
 
 def run_config(
@@ -213,8 +252,8 @@ def run_config(
     return_memory()  # what is left of earlier runs would count among what this one needs
     reset_peak()
     result: CalibrationResult = calibrate(
-        baseline.model,
-        baseline.tokenizer,
+        baseline.opened.model,
+        baseline.opened.tokenizer,
         config,
         found_prefix=AUTO_PREFIX if searched is None else baseline.prefixes.get(searched, AUTO_PREFIX),
         in_place=in_place,
@@ -225,7 +264,7 @@ def run_config(
     peak = peak_bytes()
     if searched is not None:
         baseline.prefixes[searched] = result.config.quantization.prefix  # type: ignore[assignment]
-    cache = baseline.cache
+    cache, name = baseline.cache, f"{config.name}-{config.quantization.label}"
     evaluation = evaluate_windows(
         result.model,
         cache.tokens,
@@ -233,10 +272,12 @@ def run_config(
         reference=cache,
         progress=progress,
         shared=baseline.shared,
-        kept=None if baseline.kept is None else baseline.kept.file(f"{config.name}-{config.quantization.label}.json"),
+        kept=None if baseline.kept is None else baseline.kept.file(f"{name}.json"),
     )
+    zero_shot = measure_zero_shot(baseline.opened, result.model, config, kept_tasks(baseline.kept, name), progress)
     setting, seconds = result.config.quantization.setting, result.metrics["seconds"] + evaluation.seconds
-    row = Row(config.name, setting, evaluation, seconds, cost=runtime_cost(result.model, result.config), peak_bytes=peak)
+    cost = runtime_cost(result.model, result.config)
+    row = Row(config.name, setting, evaluation, seconds, cost=cost, peak_bytes=peak, zero_shot=zero_shot)
     errors = block_errors(baseline.trace, trace_residuals(result.model, cache.tokens[0, :PLOT_TOKENS]))
     if is_main():
         _plot(baseline, result, errors, folder / "plots")
@@ -265,10 +306,13 @@ def _plot_magnitudes(baseline: Baseline, result: CalibrationResult, plots: Path)
 def _write(
     folder: Path, config: Config, baseline: Baseline, row: Row, calibration: Mapping[str, Any], errors: Sequence[float], title: str
 ) -> None:
-    (folder / "table.md").write_text(markdown_table([baseline.row, row], title=title), encoding="utf-8")
+    rows = [baseline.row, row]
+    (folder / "table.md").write_text(markdown_table(rows, title=title), encoding="utf-8")
+    if row.zero_shot is not None:
+        (folder / "zero_shot.md").write_text(zero_shot_markdown(rows, title=f"zero-shot tasks: {title}"), encoding="utf-8")
     for path, text in config_files(config).items():
         (folder / path).write_text(text, encoding="utf-8")
-    device = str(baseline.model.device)
+    device = str(baseline.opened.model.device)
     about = {"seed": config.seed, "device": device, "dtype": config.dtype, "processes": world_size()}
     write_json(folder / "environment.json", {**diagnostics(), **about})
     results = [

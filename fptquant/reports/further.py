@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,15 +11,13 @@ from torch import Tensor
 
 from fptquant.errors import UserError
 from fptquant.evaluation.samples import Continuation, continuations, sample_prompts
-from fptquant.evaluation.zero_shot import BATCH_SIZE, check_settings, check_tokenizer, evaluate_zero_shot
+from fptquant.evaluation.zero_shot import BATCH_SIZE, ZeroShot, check_settings, check_tokenizer, evaluate_zero_shot
 from fptquant.evaluation.zero_shot_tasks import load_tasks, parse_tasks
-from fptquant.files import KeptFile, KeptFiles
-from fptquant.reports.samples import Samples, samples_markdown, samples_rich_tables
-from fptquant.reports.zero_shot import ZeroShotRow, zero_shot_markdown, zero_shot_rich_table
+from fptquant.files import KeptFile
+from fptquant.reports.samples import Samples, samples_markdown
 from fptquant.stages.progress import Progress
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fptquant.reports.table import Row
@@ -51,7 +49,6 @@ class FurtherMeasurements:
 
     def __init__(self, asked: Further, windows: int | Literal["all"], progress: Progress) -> None:
         self.asked = asked
-        self.zero_shot: list[ZeroShotRow] = []
         self._said: list[tuple[str, list[Continuation]]] = []
         self._prompts: list[str] = []
         if asked.tasks is None and asked.limit is not None:
@@ -76,10 +73,13 @@ class FurtherMeasurements:
         tokenizer: PreTrainedTokenizerBase,
         row: Row,
         windows: Tensor,
-        kept: KeptFiles | None,
+        kept: Callable[[str], KeptFile] | None,
         progress: Progress,
-    ) -> None:
-        """Adds one model, which ``row`` names.
+    ) -> Row:
+        """Measures one model, and gives its row with what it scored on zero-shot tasks.
+
+        Args:
+            kept: as in `fptquant.evaluate_zero_shot`.
 
         Shape: windows [n, window], int64: the evaluation text
         """
@@ -88,44 +88,19 @@ class FurtherMeasurements:
             self._prompts = [str(tokenizer.decode(prompt)) for prompt in prompts]
             name = f"{row.method} {row.setting}"
             self._said.append((name, continuations(model, tokenizer, prompts, progress=progress)))
-        if self._tasks:
-            number = len(self.zero_shot)
-            scores = evaluate_zero_shot(
-                model,
-                tokenizer,
-                self._tasks,
-                limit=self.asked.limit,
-                batch_size=self.asked.batch_size,
-                seed=self.asked.seed,
-                progress=progress,
-                kept=None if kept is None else _numbered(kept, number),
-            )
-            self.zero_shot.append(ZeroShotRow(row.method, row.setting, scores))
+        if not self._tasks:
+            return row
+        asked: dict[str, Any] = {name: getattr(self.asked, name) for name in ("limit", "batch_size", "seed")}
+        scores = evaluate_zero_shot(model, tokenizer, self._tasks, **asked, progress=progress, kept=kept)
+        return replace(row, zero_shot=ZeroShot(scores, **asked))
 
     @property
     def samples(self) -> Samples | None:
         """What the models said, if they were asked."""
         return Samples(self._prompts, self._said) if self._said else None
 
-    def tables(self) -> list[Table]:
-        """The tables for a terminal; none if nothing was asked for."""
-        zero_shot = [zero_shot_rich_table(self.zero_shot)] if self.zero_shot else []
-        return zero_shot + (samples_rich_tables(self.samples) if self.samples else [])
-
     def write(self, folder: Path, model: str) -> None:
-        """Writes the tables as Markdown."""
-        if self.zero_shot:
-            text = zero_shot_markdown(self.zero_shot, title=f"zero-shot tasks: {model}")
-            (folder / "zero_shot.md").write_text(text, encoding="utf-8")
+        """Writes the samples as Markdown."""
         if self.samples:
             text = samples_markdown(self.samples, title=f"samples: {model}")
             (folder / "samples.md").write_text(text, encoding="utf-8")
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """Plain values of each model for metrics.json; empty if no task was asked for."""
-        settings = {name: getattr(self.asked, name) for name in ("limit", "batch_size", "seed")}
-        return [{**row.as_dict(), **settings} for row in self.zero_shot]
-
-
-def _numbered(kept: KeptFiles, number: int) -> Callable[[str], KeptFile]:
-    return lambda task: kept.file(f"{number}-{task.replace('/', '-')}.json")

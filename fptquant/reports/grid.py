@@ -23,6 +23,7 @@ from fptquant.reports.progress import Labeled, Progress
 from fptquant.reports.run_folder import RUN_MARKER, check_output, to_json
 from fptquant.reports.table import Row, csv_table, latex_table, markdown_table
 from fptquant.reports.unfinished_run import EVALUATION, is_begun
+from fptquant.reports.zero_shot import zero_shot_markdown
 from fptquant.stages.distributed import is_main, main_holds, on_main, world_size
 from fptquant.stages.progress import Progress as ProgressCallback
 from fptquant.stages.progress import say
@@ -74,7 +75,7 @@ def make_table(
     folder = Path(table.output_folder).absolute()
     cells = on_main(lambda: check_table(table, overwrite=overwrite, resume=resume))
     if overwrite and on_main((folder / GRID).is_file):
-        open_model(cells[0].config)  # what is there is not given up for a model that cannot be had
+        open_model(cells[0].config, progress)  # what is there is not given up for a model that cannot be had
     with main_holds(lambda: grid_folder(folder, anew=overwrite or not resume)):
         if is_main():
             replace_file(folder / GRID, dump_config(table).encode())
@@ -144,6 +145,8 @@ class _Grid:
             RUN_MARKER: to_json(results),
             "environment.json": to_json(diagnostics()),
         }
+        if any(row.zero_shot for row in rows):
+            files["zero_shot.md"] = zero_shot_markdown(rows, title=f"zero-shot tasks: {title}")
         for name, text in files.items():
             replace_file(self.folder / name, text.encode())
 
@@ -212,14 +215,14 @@ def _open(grid: _Grid, cells: Sequence[Cell], here: Path, save: bool, progress: 
     """The full-precision model, measured; cells that ask of it what cannot be have failed."""
     if is_main():
         here.mkdir(parents=True, exist_ok=True)
-    model, tokenizer, windows = open_model(cells[0].config)
+    opened = open_model(cells[0].config, progress)
     for cell in cells:
         with _failing(grid, [cell], progress, alike=True):
-            preflight(model, tokenizer, cell.config)
-    needed = needed_bytes(model, windows, [cell.config for cell in cells], save=save)
+            preflight(opened, cell.config)
+    needed = needed_bytes(opened, [cell.config for cell in cells], save=save)
     on_main(lambda: check_output(grid.folder, overwrite=True, marker=GRID, needed_bytes=needed))
     labeled = Labeled(progress, f"{cells[0].model.name}: ") if len(grid.table.models) > 1 else progress
-    baseline = measure_baseline(model, tokenizer, len(windows), cells[0].config, here / EVALUATION, labeled)
+    baseline = measure_baseline(opened, cells[0].config, here / EVALUATION, labeled)
     if is_main():
         row = replace(baseline.row, method=FULL_PRECISION).as_dict()
         replace_file(here / BASELINE, to_json({"row": row, "of": measured_on(cells[0].config)}).encode())

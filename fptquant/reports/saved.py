@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
@@ -20,6 +20,7 @@ from fptquant.errors import UserError
 from fptquant.evaluation.cost import runtime_cost
 from fptquant.evaluation.evaluate import build_reference, evaluate_windows
 from fptquant.evaluation.teacher import ProgressCallback
+from fptquant.evaluation.zero_shot import kept_tasks
 from fptquant.files import KeptFiles
 from fptquant.models.loading import load_model
 from fptquant.models.saving import check_saved, load_calibrated
@@ -28,8 +29,13 @@ from fptquant.reports.further import Further, FurtherMeasurements
 from fptquant.reports.processes import resolve_device
 from fptquant.reports.progress import Labeled
 from fptquant.reports.run_folder import write_json
+from fptquant.reports.samples import samples_rich_tables
 from fptquant.reports.table import Row, markdown_table
 from fptquant.reports.unfinished_run import EVALUATION, check_run, lasting_run_folder
+from fptquant.reports.zero_shot import zero_shot_markdown, zero_shot_rich_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _NOTHING = Further()
 
@@ -40,6 +46,11 @@ class SavedEvaluation:
 
     rows: list[Row]
     further: FurtherMeasurements
+
+    def tables(self) -> list[Table]:
+        """What else was measured, as tables for a terminal; none if nothing was asked for."""
+        zero_shot = [zero_shot_rich_table(self.rows)] if any(row.zero_shot for row in self.rows) else []
+        return zero_shot + (samples_rich_tables(self.further.samples) if self.further.samples else [])
 
 
 def find_saved(path: str | Path) -> Path:
@@ -131,8 +142,9 @@ def _evaluate(
     check_window(model.config, asked["window"] + longest, f"the evaluation window with a prefix of {longest} tokens")
     further.check(tokenizer)
     cache, evaluation = build_reference(model, tokenizer, **asked, progress=progress, kept=kept)
-    rows = [Row(FULL_PRECISION, first.dtype, evaluation, evaluation.seconds)]
-    further.measure(model, tokenizer, rows[0], cache.tokens, kept, Labeled(progress, "full precision: "))
+    row = Row(FULL_PRECISION, first.dtype, evaluation, evaluation.seconds)
+    labeled = Labeled(progress, "full precision: ")
+    rows = [further.measure(model, tokenizer, row, cache.tokens, kept_tasks(kept, "0"), labeled)]
     del model
     for number, (folder, config) in enumerate(configs.items(), start=1):
         calibrated, tokenizer = load_calibrated(folder, device=str(device))
@@ -140,8 +152,8 @@ def _evaluate(
         file = None if kept is None else kept.file(f"{number}.json")
         found = evaluate_windows(calibrated, cache.tokens, text_name=cache.text_name, reference=cache, progress=labeled, kept=file)
         seconds, cost = _calibration_seconds(folder) + found.seconds, runtime_cost(calibrated, config)
-        rows.append(Row(config.name, config.quantization.setting, found, seconds, cost=cost))
-        further.measure(calibrated, tokenizer, rows[-1], cache.tokens, kept, labeled)
+        row = Row(config.name, config.quantization.setting, found, seconds, cost=cost)
+        rows.append(further.measure(calibrated, tokenizer, row, cache.tokens, kept_tasks(kept, str(number)), labeled))
         del calibrated
     return SavedEvaluation(rows, further)
 
@@ -162,7 +174,7 @@ def _write(folder: Path, configs: Mapping[Path, Config], found: SavedEvaluation,
     results = [row.as_dict() for row in rows]
     for result, path in zip(results[1:], configs, strict=True):
         result["folder"] = str(path)
-    for result, zero_shot in zip(results, found.further.metrics(), strict=False):  # of no model, if no task was asked for
-        result["zero_shot"] = zero_shot
+    if any(row.zero_shot for row in rows):
+        (folder / "zero_shot.md").write_text(zero_shot_markdown(rows, title=f"zero-shot tasks: {model}"), encoding="utf-8")
     found.further.write(folder, model)
     write_json(folder / "metrics.json", {"title": "evaluation", "model": model, "results": results})

@@ -6,12 +6,13 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fptquant.config.tables import FULL_PRECISION
 from fptquant.evaluation.cost import RuntimeCost
 from fptquant.evaluation.evaluate import Evaluation
+from fptquant.evaluation.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,6 +40,8 @@ class Row:
     """Where the resolved config lies, seen from the table's file."""
     error: str | None = None
     """Why there is no evaluation."""
+    zero_shot: ZeroShot | None = None
+    """What it scored on zero-shot tasks, where these were asked for."""
 
     @property
     def label(self) -> str:
@@ -59,6 +62,7 @@ class Row:
                 for key in ("model", "published", "source", "config", "error")
                 if (value := getattr(self, key)) is not None
             },
+            **({} if self.zero_shot is None else {"zero_shot": self.zero_shot.as_dict()}),
         }
 
     @classmethod
@@ -67,7 +71,14 @@ class Row:
         evaluation = Evaluation(**{**data["evaluation"], "perplexity": float(data["evaluation"]["perplexity"])})
         found = data.get("cost")
         cost = None if found is None else RuntimeCost(*(found[key] for key in ("added", "linears", "scales")))
-        return cls(data["method"], data["setting"], evaluation, data["total_seconds"], cost, data.get("peak_bytes"))
+        zero_shot = ZeroShot.from_dict(data["zero_shot"]) if "zero_shot" in data else None
+        row = cls(data["method"], data["setting"], evaluation, data["total_seconds"], cost, data.get("peak_bytes"))
+        return replace(row, zero_shot=zero_shot)
+
+    @property
+    def mean_accuracy(self) -> float | None:
+        """Of the zero-shot tasks."""
+        return None if self.zero_shot is None else self.zero_shot.mean_accuracy
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,7 @@ _ALL_COLUMNS = (
     _Column("published", _published),
     _Column("JSD", _of_evaluation(lambda found: _optional(found.jsd, "{:.4f}".format)), always=True),
     _Column("top-1", _of_evaluation(lambda found: _optional(found.top1_agreement, _percent)), always=True),
+    _Column("zero-shot", lambda row: _optional(row.mean_accuracy, _percent)),
     _Column(
         "added MACs", lambda row: "-" if row.cost is None or not row.cost.added else f"{100 * row.cost.share:.2f} %", wide=True
     ),
@@ -125,6 +137,7 @@ _WIDE = 110
 _MEANINGS = {
     "JSD": "mean Jensen-Shannon divergence from the full-precision model in nats",
     "top-1": "how often both find the same token likeliest",
+    "zero-shot": "mean accuracy of the tasks",
     "published": "the value that a paper prints, and how far the measured one is from it",
     "added MACs": "additions and multiplications that full precision does not do, in proportion to those of all linears",
     "scales": "whether ranges of activations and cache are set beforehand or found for every token",
@@ -196,13 +209,14 @@ def markdown_table(rows: Sequence[Row], *, title: str) -> str:
     """The table as Markdown, with its title and caption; perplexity is a link to its config where the row says where that lies."""
     columns = _columns(rows)
     rule = "|" + "|".join("---:" if column.right else "---" for column in columns) + "|"
-    body = [_line(_linked(row, column) for column in columns) for row in rows]
+    body = [markdown_line(_linked(row, column) for column in columns) for row in rows]
     failures = [f"- {row.method}, {row.setting}{f', {row.model}' if row.model else ''}: {row.error}" for row in rows if row.error]
-    parts = [f"# {title}", "", _line(column.title for column in columns), rule, *body, "", caption(rows), ""]
+    parts = [f"# {title}", "", markdown_line(column.title for column in columns), rule, *body, "", caption(rows), ""]
     return "\n".join([*parts, *(["Failed:", "", *failures, ""] if failures else [])])
 
 
-def _line(cells: Iterable[str]) -> str:
+def markdown_line(cells: Iterable[str]) -> str:
+    """One line of a table."""
     return "| " + " | ".join(cells) + " |"
 
 
@@ -212,8 +226,8 @@ def _linked(row: Row, column: _Column) -> str:
 
 
 _CSV_COLUMNS = (
-    "model", "method", "setting", "perplexity", "published", "source", "jsd", "top1_agreement", "tokens", "text_name", "added_macs",
-    "added_share", "scales", "seconds", "peak_bytes", "config", "error",
+    "model", "method", "setting", "perplexity", "published", "source", "jsd", "top1_agreement", "tokens", "text_name",
+    "mean_accuracy", "added_macs", "added_share", "scales", "seconds", "peak_bytes", "config", "error",
 )  # fmt: skip
 
 
@@ -226,7 +240,7 @@ def csv_table(rows: Sequence[Row]) -> str:
         found = {} if row.evaluation is None else row.evaluation.as_dict()
         cost = row.cost
         extra = {} if cost is None else {"added_macs": sum(cost.added.values()), "added_share": cost.share, "scales": cost.scales}
-        writer.writerow({**found, **vars(row), **extra})
+        writer.writerow({**found, **vars(row), "mean_accuracy": row.mean_accuracy, **extra})
     return text.getvalue()
 
 

@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from fptquant.evaluation.zero_shot import TaskScore
+from fptquant.evaluation.zero_shot import TaskScore, ZeroShot
+from fptquant.reports.table import Row, markdown_line
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-
-@dataclass(frozen=True)
-class ZeroShotRow:
-    """One line of the table: a method in a setting, and what it scored by task."""
-
-    method: str
-    setting: str
-    scores: Mapping[str, TaskScore]
-
-    @property
-    def mean_accuracy(self) -> float | None:
-        """Over the tasks that have an accuracy, each counting the same; None where there is none."""
-        accuracies = [score.metrics["acc"] for score in self.scores.values() if "acc" in score.metrics]
-        return sum(accuracies) / len(accuracies) if accuracies else None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {"mean_accuracy": self.mean_accuracy, "tasks": {name: score.as_dict() for name, score in self.scores.items()}}
-
-    def cells(self) -> tuple[str, ...]:
-        """Method, setting, the main metric of each task, and the mean."""
-        mean = self.mean_accuracy
-        main = [format_metric(score, score.main) for score in self.scores.values()]
-        return self.method, self.setting, *main, "-" if mean is None else f"{100 * mean:.1f}"
 
 
 def format_metric(score: TaskScore, metric: str) -> str:
@@ -49,16 +24,29 @@ def format_metric(score: TaskScore, metric: str) -> str:
     return f"{factor * score.metrics[metric]:.{digits}f}" + ("" if error is None else f"±{factor * error:.{digits}f}")
 
 
-def _columns(rows: Sequence[ZeroShotRow]) -> list[str]:
-    names = [name if score.main == "acc" else f"{name} {score.main}" for name, score in rows[0].scores.items()]
-    return ["method", "setting", *names, "mean"]
+def _scored(rows: Sequence[Row]) -> list[tuple[Row, ZeroShot]]:
+    return [(row, row.zero_shot) for row in rows if row.zero_shot is not None]
 
 
-def zero_shot_caption(rows: Sequence[ZeroShotRow]) -> str:
+def _lines(rows: Sequence[Row]) -> Iterator[list[str]]:
+    """The head, and of each row the model where there are several, method, setting, the main metric of each task, and the mean."""
+    found = _scored(rows)
+    several = any(row.model is not None for row, _ in found)
+    first = found[0][1].scores
+    names = [name if score.main == "acc" else f"{name} {score.main}" for name, score in first.items()]
+    yield [*(["model"] if several else []), "method", "setting", *names, "mean"]
+    for row, zero_shot in found:
+        main = [format_metric(score, score.main) for score in zero_shot.scores.values()]
+        mean = zero_shot.mean_accuracy
+        who = [*([row.model or "-"] if several else []), row.method, row.setting]
+        yield [*who, *main, "-" if mean is None else f"{100 * mean:.1f}"]
+
+
+def zero_shot_caption(rows: Sequence[Row]) -> str:
     """What was scored, and how to read it."""
-    scores = rows[0].scores.values()
-    counts = ", ".join(f"{score.task} {score.version}: {score.examples:,}" for score in scores)
-    cut = sum(score.cut for row in rows for score in row.scores.values())
+    found = [zero_shot for _, zero_shot in _scored(rows)]
+    counts = ", ".join(f"{score.task} {score.version}: {score.examples:,}" for score in found[0].scores.values())
+    cut = sum(score.cut for zero_shot in found for score in zero_shot.scores.values())
     lost = f" {cut:,} texts were longer than the model's context and lost their beginning." if cut else ""
     return (
         f"Zero-shot accuracy in per cent ± standard error, by lm-eval; version of each task and number of examples: {counts}; "
@@ -66,32 +54,32 @@ def zero_shot_caption(rows: Sequence[ZeroShotRow]) -> str:
     )
 
 
-def zero_shot_rich_table(rows: Sequence[ZeroShotRow]) -> Table:
+def zero_shot_rich_table(rows: Sequence[Row]) -> Table:
     """The table for a terminal."""
     from rich.table import Table
 
     table = Table(title="zero-shot tasks", caption=zero_shot_caption(rows), caption_justify="left", title_justify="left")
-    for column in _columns(rows):
-        table.add_column(column, justify="left" if column in ("method", "setting") else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row.cells())
+    head, *body = _lines(rows)
+    for column in head:
+        table.add_column(column, justify="left" if column in ("model", "method", "setting") else "right", overflow="fold")
+    for line in body:
+        table.add_row(*line)
     return table
 
 
-def zero_shot_markdown(rows: Sequence[ZeroShotRow], *, title: str) -> str:
+def zero_shot_markdown(rows: Sequence[Row], *, title: str) -> str:
     """The table as Markdown, and a second one with every metric of every task."""
-    columns = _columns(rows)
-    lines = [f"# {title}", "", _line(columns), "|---|---|" + "---:|" * (len(columns) - 2)]
-    lines += [_line(row.cells()) for row in rows]
+    head, *body = _lines(rows)
+    found = _scored(rows)
+    texts = 3 if "model" in head else 2
+    lines = [f"# {title}", "", markdown_line(head), "|" + "---|" * texts + "---:|" * (len(head) - texts)]
+    lines += [markdown_line(line) for line in body]
+    names = [" ".join(filter(None, (row.model, row.method, row.setting))) for row, _ in found]
     lines += ["", zero_shot_caption(rows), "", "## Every metric", ""]
-    lines += [_line(["task", "metric", *(f"{row.method} {row.setting}" for row in rows)]), "|---|---|" + "---:|" * len(rows)]
+    lines += [markdown_line(["task", "metric", *names]), "|---|---|" + "---:|" * len(names)]
     lines += [
-        _line([name, metric, *(format_metric(row.scores[name], metric) for row in rows)])
-        for name, score in rows[0].scores.items()
+        markdown_line([name, metric, *(format_metric(zero_shot.scores[name], metric) for _, zero_shot in found)])
+        for name, score in found[0][1].scores.items()
         for metric in score.metrics
     ]
     return "\n".join([*lines, ""])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -115,3 +116,34 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(
 
 def test_help_names_the_extra() -> None:
     assert "pip install 'fptquant[eval]'" in " ".join(invoke("evaluate", "--help").stdout.replace("│", " ").split())
+
+
+def test_runs_and_tables_score_tasks_too(home: Path, tmp_path: Path) -> None:
+    zero_shot = f"evaluation={{text: topics, windows: 2, window: 32, zero_shot: {{tasks: {home / 'tasks'}, limit: 2}}}}"
+    done = invoke("run", "smoke", f"model={home / 'tiny'}", zero_shot, "quantization=w4a16", "-o", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert "zero-shot" in done.output
+    plain, alone = json.loads((tmp_path / "run" / "metrics.json").read_text())["results"]
+    scores = evaluate_zero_shot(*load_calibrated(tmp_path / "run" / "model"), str(home / "tasks"), limit=2)
+    assert alone["zero_shot"]["tasks"] == {name: score.as_dict() for name, score in scores.items()}
+    assert "| smoke | w4a16 | " in (tmp_path / "run" / "zero_shot.md").read_text()
+
+    table = ["table", "demo", f"models=[{home / 'tiny'}]", "methods=[rtn, smoke]", "settings=[w4a16]", "-o", tmp_path / "table"]
+    done = invoke(*table, f"overrides={json.dumps([zero_shot, 'quantization.prefix=null'])}")
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "table" / "metrics.json").read_text())["results"]
+    assert [row["method"] for row in rows] == ["full precision", "rtn", "smoke"]
+    assert rows[0]["zero_shot"] == plain["zero_shot"]
+    assert rows[2]["zero_shot"] == alone["zero_shot"]
+    text = (tmp_path / "table" / "table.md").read_text()
+    assert "| zero-shot |" in text
+    assert f"| {100 * alone['zero_shot']['mean_accuracy']:.1f} % |" in text
+    assert (tmp_path / "table" / "zero_shot.md").read_text().count("| smoke | w4a16 |") == 1
+    with (tmp_path / "table" / "table.csv").open() as file:
+        assert [float(row["mean_accuracy"]) for row in csv.DictReader(file)] == [row["zero_shot"]["mean_accuracy"] for row in rows]
+    refused = invoke(
+        "run", "smoke", f"model={home / 'tiny'}", "evaluation.zero_shot={tasks: piqa=nowhere.jsonl}", "-o", tmp_path / "no"
+    )
+    assert refused.exit_code == 2
+    assert "nowhere.jsonl" in refused.output
+    assert not (tmp_path / "no").exists()
