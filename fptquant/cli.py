@@ -236,14 +236,14 @@ def evaluate(
     """
     if windows != "all" and not (windows.isascii() and windows.isdigit() and int(windows) > 0):
         raise UserError(f"--windows {windows} is no number of windows; write at least 1, or all")
-    from fptquant.reports.processes import launched, processes
+    from fptquant.reports.processes import check_one_process, processes
 
-    if launched() is not None:
-        raise UserError("evaluate works in one process; start it without torchrun")
+    check_one_process("evaluate")
     from fptquant.reports.further import Further
     from fptquant.reports.progress import Progress
+    from fptquant.reports.samples import samples_rich_tables
     from fptquant.reports.saved import evaluate_saved
-    from fptquant.reports.table import rich_table
+    from fptquant.reports.zero_shot import rich_tables
 
     with processes(device, threads), Progress() as progress:
         found = evaluate_saved(
@@ -259,7 +259,8 @@ def evaluate(
             progress=progress,
         )
     console = Console(highlight=False)
-    console.print(rich_table(found.rows, title="evaluation", width=console.width), *found.tables(), sep="\n\n")
+    said = samples_rich_tables(found.samples) if found.samples else []
+    console.print(*rich_tables(found.rows, title="evaluation", width=console.width), *said, sep="\n\n")
     if output is not None:
         console.print(f"written to {escape(output)}")
 
@@ -286,10 +287,9 @@ def report(
 
     The page holds everything it shows. What it shows is measured on a few windows: minutes for a small model, most for sensitivity.
     """
-    from fptquant.reports.processes import launched, processes
+    from fptquant.reports.processes import check_one_process, processes
 
-    if launched() is not None:
-        raise UserError("report works in one process; start it without torchrun")
+    check_one_process("report")
     from fptquant.reports.progress import Progress
     from fptquant.reports.report import write_report
 
@@ -344,7 +344,7 @@ def table(
         check_table(grid, overwrite=overwrite, resume=resume)
     from fptquant.reports.grid import make_table
     from fptquant.reports.progress import Progress
-    from fptquant.reports.table import rich_table
+    from fptquant.reports.zero_shot import rich_tables
     from fptquant.stages.distributed import is_main
     from fptquant.stages.progress import quiet
 
@@ -353,7 +353,7 @@ def table(
             made = make_table(grid, overwrite=overwrite, resume=resume, save=save, progress=progress)
         if is_main():
             console = Console(highlight=False)
-            console.print(rich_table(made.rows, title=grid.name, width=console.width))
+            console.print(*rich_tables(made.rows, title=grid.name, width=console.width), sep="\n\n")
             console.print(f"written to {escape(str(made.folder))}")
             for row in made.failed:
                 console.print(f"[bold red]failed:[/] {escape(f'{row.method}, {row.setting}: {row.error}')}")
@@ -379,7 +379,7 @@ def _run(config: Config, overwrite: bool, resume: bool, save: bool, threads: int
         check_run(config.output_folder, config_files(config), overwrite=overwrite, resume=resume)
     from fptquant.reports.experiment import run_experiment
     from fptquant.reports.progress import Progress
-    from fptquant.reports.table import rich_table
+    from fptquant.reports.zero_shot import rich_tables
     from fptquant.stages.distributed import is_main
     from fptquant.stages.progress import quiet
 
@@ -391,18 +391,17 @@ def _run(config: Config, overwrite: bool, resume: bool, save: bool, threads: int
             )
         if is_main():
             console = Console(highlight=False)
-            console.print(rich_table(experiment.rows, title=title, width=console.width))
+            console.print(*rich_tables(experiment.rows, title=title, width=console.width), sep="\n\n")
             console.print(f"written to {escape(str(experiment.folder))}")
 
 
 def _stream(config: Config, overwrite: bool, resume: bool, save: bool, threads: int | None) -> None:
-    from fptquant.reports.processes import launched, processes, resolve_device
+    from fptquant.reports.processes import check_one_process, processes, resolve_device
     from fptquant.reports.unfinished_run import check_run, stream_description
 
     if not save:
         raise UserError("--stream does nothing but write the calibrated model; leave out --no-save")
-    if launched() is not None:
-        raise UserError("--stream works in one process; start it without torchrun")
+    check_one_process("--stream")
     description = stream_description(config)
     check_run(config.output_folder, description, overwrite=overwrite, resume=resume)  # before torch is imported: seconds
     from fptquant.stages.stream import calibrate_streamed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -14,7 +13,7 @@ from fptquant.evaluation.samples import Continuation, continuations, sample_prom
 from fptquant.evaluation.zero_shot import BATCH_SIZE, ZeroShot, check_settings, check_tokenizer, evaluate_zero_shot
 from fptquant.evaluation.zero_shot_tasks import load_tasks, parse_tasks
 from fptquant.files import KeptFile
-from fptquant.reports.samples import Samples, samples_markdown
+from fptquant.reports.samples import Samples
 from fptquant.stages.progress import Progress
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ class Further:
 
 
 class FurtherMeasurements:
-    """Measures one model after another, the full-precision one first, and shows them beside each other.
+    """Measures one model after another, the full-precision one first.
 
     Raises:
         UserError: before any long work, if a task cannot be had or a number means nothing.
@@ -98,9 +97,3 @@ class FurtherMeasurements:
     def samples(self) -> Samples | None:
         """What the models said, if they were asked."""
         return Samples(self._prompts, self._said) if self._said else None
-
-    def write(self, folder: Path, model: str) -> None:
-        """Writes the samples as Markdown."""
-        if self.samples:
-            text = samples_markdown(self.samples, title=f"samples: {model}")
-            (folder / "samples.md").write_text(text, encoding="utf-8")

@@ -67,6 +67,16 @@ def launched() -> Launch | None:
     return launch if launch.world_size > 1 else None
 
 
+def check_one_process(what: str) -> None:
+    """Refuses torchrun where it has nothing to share.
+
+    Raises:
+        UserError: if it has started this process.
+    """
+    if launched() is not None:
+        raise UserError(f"{what} works in one process; start it without torchrun")
+
+
 def speaks() -> bool:
     """Whether this process is the one that tells the user about the error that ends it: the first to ask."""
     launch = launched()

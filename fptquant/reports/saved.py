@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -29,28 +29,21 @@ from fptquant.reports.further import Further, FurtherMeasurements
 from fptquant.reports.processes import resolve_device
 from fptquant.reports.progress import Labeled
 from fptquant.reports.run_folder import write_json
-from fptquant.reports.samples import samples_rich_tables
+from fptquant.reports.samples import Samples, samples_markdown
 from fptquant.reports.table import Row, markdown_table
 from fptquant.reports.unfinished_run import EVALUATION, check_run, lasting_run_folder
-from fptquant.reports.zero_shot import zero_shot_markdown, zero_shot_rich_table
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from fptquant.reports.zero_shot import zero_shot_markdown
 
 _NOTHING = Further()
 
 
 @dataclass(frozen=True)
 class SavedEvaluation:
-    """The rows of one table, full precision first, and what else was measured."""
+    """The rows of one table, full precision first, and samples of text."""
 
     rows: list[Row]
-    further: FurtherMeasurements
-
-    def tables(self) -> list[Table]:
-        """What else was measured, as tables for a terminal; none if nothing was asked for."""
-        zero_shot = [zero_shot_rich_table(self.rows)] if any(row.zero_shot for row in self.rows) else []
-        return zero_shot + (samples_rich_tables(self.further.samples) if self.further.samples else [])
+    samples: Samples | None
+    """What the models said, if they were asked."""
 
 
 def find_saved(path: str | Path) -> Path:
@@ -155,7 +148,7 @@ def _evaluate(
         row = Row(config.name, config.quantization.setting, found, seconds, cost=cost)
         rows.append(further.measure(calibrated, tokenizer, row, cache.tokens, kept_tasks(kept, str(number)), labeled))
         del calibrated
-    return SavedEvaluation(rows, further)
+    return SavedEvaluation(rows, further.samples)
 
 
 def _calibration_seconds(folder: Path) -> float:
@@ -176,5 +169,6 @@ def _write(folder: Path, configs: Mapping[Path, Config], found: SavedEvaluation,
         result["folder"] = str(path)
     if any(row.zero_shot for row in rows):
         (folder / "zero_shot.md").write_text(zero_shot_markdown(rows, title=f"zero-shot tasks: {model}"), encoding="utf-8")
-    found.further.write(folder, model)
+    if found.samples is not None:
+        (folder / "samples.md").write_text(samples_markdown(found.samples, title=f"samples: {model}"), encoding="utf-8")
     write_json(folder / "metrics.json", {"title": "evaluation", "model": model, "results": results})

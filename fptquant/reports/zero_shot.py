@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fptquant.evaluation.zero_shot import TaskScore, ZeroShot
-from fptquant.reports.table import Row, markdown_line
+from fptquant.reports.table import Row, markdown_line, rich_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,6 +65,12 @@ def zero_shot_rich_table(rows: Sequence[Row]) -> Table:
     for line in body:
         table.add_row(*line)
     return table
+
+
+def rich_tables(rows: Sequence[Row], *, title: str, width: int) -> list[Table]:
+    """What was measured, for a terminal of so many characters a line: the table and, where tasks were scored, theirs."""
+    tasks = [zero_shot_rich_table(rows)] if _scored(rows) else []
+    return [rich_table(rows, title=title, width=width), *tasks]
 
 
 def zero_shot_markdown(rows: Sequence[Row], *, title: str) -> str:
