@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from fptquant.config.schema import CACHE_SITES, HEAD_SITES, SITE_SETS, Config, EndToEndConfig, QuantizationConfig
+from fptquant.config.schema import (
+    CACHE_SITES,
+    HEAD_SITES,
+    SITE_SETS,
+    TRAINING_STAGES,
+    Config,
+    OptimizationConfig,
+    QuantizationConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,7 @@ def _tokens(config: Config) -> Iterator[Contradiction]:
     for site, override in quantization.overrides.items():
         kept[f"quantization.overrides.{site}.full_precision_tokens"] = override.full_precision_tokens or 0
     parts = {"calibration": True, "evaluation": True, "rounding": config.rounds}
-    parts |= {key: getattr(config, key) is not None for key in ("training", "range_training")}
+    parts |= {key: getattr(config, key) is not None for key in TRAINING_STAGES}
     for part in (name for name, used in parts.items() if used):
         window = getattr(config, part).window
         for path, tokens in kept.items():
@@ -222,19 +230,20 @@ def _training(config: Config) -> Iterator[Contradiction]:
     """A learning rate without its transform or static range is a default that does not apply; none at all is a mistake."""
     quantization = config.quantization
     ranges = {f"{kind}_range": quantization.has_static_range(kind) for kind in ("weight", "activation", "kv_cache")}
+    names = ("query_key_rotation", "value_mixing", "up_scaling")
+    transforms = {name: getattr(config.transforms, name) is not None for name in names}
+    why = "the config uses no transform and no static range"
+    if config.block_training is not None:
+        yield from _trained(config.block_training, transforms | ranges, why)
     if config.training is not None:
-        there = {
-            **{name: getattr(config.transforms, name) is not None for name in ("query_key_rotation", "value_mixing", "up_scaling")},
-            "residual_rotation": config.norm_gains == "fused",
-            **ranges,
-            "weight_range": ranges["weight_range"] and config.training.weights == "quantized",
-        }
-        yield from _trained(config.training, there, "the config uses no transform and no static range")
+        there = transforms | ranges | {"residual_rotation": config.norm_gains == "fused"}
+        there["weight_range"] = ranges["weight_range"] and config.training.weights == "quantized"
+        yield from _trained(config.training, there, why)
     if config.range_training is not None:
         yield from _trained(config.range_training, ranges, "the config uses no static range")
 
 
-def _trained(settings: EndToEndConfig, there: Mapping[str, bool], why_nothing: str) -> Iterator[Contradiction]:
+def _trained(settings: OptimizationConfig, there: Mapping[str, bool], why_nothing: str) -> Iterator[Contradiction]:
     """Refuses training that has no parameters; ``there`` says of each group of learning rates whether something belongs to it."""
     if any(exists and getattr(settings.lr, group) is not None for group, exists in there.items()):
         return

@@ -336,24 +336,19 @@ class LearningRates(RangeLearningRates):
     residual_rotation: float | None = Field(default=None, gt=0)
 
 
-class EndToEndConfig(StrictModel):
-    """What the stages have in common in which the quantized student learns to match its own full-precision teacher."""
+class OptimizationConfig(StrictModel):
+    """What all stages have in common that train on text, step by step."""
 
     key: ClassVar[str]
     """Where its settings stand in a config."""
     title: ClassVar[str]
     """Its name in messages."""
 
-    objective: Literal["jsd", "forward_kl", "reverse_kl", "cross_entropy", "hidden_mse"] = "jsd"
-    temperature: float = Field(default=1.0, gt=0)
     steps: int = Field(default=64, ge=1)
     batch: int = Field(default=1, ge=1, description="windows per step, over all processes and micro batches")
     micro_batch: int | None = Field(default=None, ge=1, description="most windows at once in a process; null: all of its share")
     window: int = Field(default=512, ge=2)
     text: str = Field(default="auto", min_length=1)
-    distinct_windows: int | None = Field(
-        default=None, ge=1, description="different windows at most, which then repeat; null: as many as the text has for the steps"
-    )
     held_out_windows: int = Field(default=4, ge=1, description="windows of the same text that decide which state is best")
     evaluate_every: int = Field(default=16, ge=1, description="steps between two looks at the held-out windows")
     lr: RangeLearningRates = RangeLearningRates()
@@ -362,13 +357,47 @@ class EndToEndConfig(StrictModel):
     beta1: float = Field(default=0.9, ge=0, lt=1, description="memory of AdamW's mean gradient")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="memory of AdamW's mean squared gradient")
     clip_norm: float | None = Field(default=1.0, gt=0, description="largest norm of the gradients together; null: any")
-    activation_checkpointing: bool = False
     autocast: Literal["none", "bfloat16"] = "none"
+    checkpoint_seconds: float = Field(default=60.0, ge=0, description="seconds of work between two checkpoints")
+    tensorboard: bool = False
+
+    @property
+    def wanted_windows(self) -> int:
+        """Windows of a whole run."""
+        return self.steps * self.batch
+
+
+class EndToEndConfig(OptimizationConfig):
+    """What the stages have in common in which the quantized student learns to match its own full-precision teacher."""
+
+    objective: Literal["jsd", "forward_kl", "reverse_kl", "cross_entropy", "hidden_mse"] = "jsd"
+    temperature: float = Field(default=1.0, gt=0)
+    distinct_windows: int | None = Field(
+        default=None, ge=1, description="different windows at most, which then repeat; null: as many as the text has for the steps"
+    )
+    activation_checkpointing: bool = False
     shard_weights: bool | None = Field(
         default=None, description="spread frozen weights over the processes of torchrun; null: on GPUs only"
     )
-    checkpoint_seconds: float = Field(default=60.0, ge=0, description="seconds of work between two checkpoints")
-    tensorboard: bool = False
+
+
+class BlockTrainingConfig(OptimizationConfig):
+    """Training of transforms and ranges block by block: each learns to give what its full-precision self gives."""
+
+    key: ClassVar[str] = "block_training"
+    title: ClassVar[str] = "block training"
+
+    steps: int = Field(default=64, ge=1, description="of each block")
+    batch: int = Field(default=4, ge=1, description="windows per step, over all processes and micro batches")
+    windows: int = Field(default=32, ge=1, description="different windows, whose hidden states are kept")
+    objective: Literal["relative_mse", "mse"] = Field(
+        default="relative_mse", description="the error of the block's output, of each token in proportion to its own size, or not"
+    )
+    lr: LearningRates = LearningRates()
+
+    @property
+    def wanted_windows(self) -> int:
+        return self.windows
 
 
 class TrainingConfig(EndToEndConfig):
@@ -391,7 +420,11 @@ class RangeTrainingConfig(EndToEndConfig):
 
 
 WITHOUT_INFLUENCE = frozenset({"checkpoint_seconds", "tensorboard", "shard_weights"})
-"""Keys of ``training`` and ``range_training`` that do not change the result: they may change when a run goes on."""
+"""Keys of the stages that train (`TRAINING_STAGES`) that do not change the result: they may change when a run goes on."""
+
+
+TRAINING_STAGES = ("block_training", "training", "range_training")
+"""Keys of a config, in the order of the stages."""
 
 
 class RoundingConfig(StrictModel):
@@ -455,6 +488,7 @@ class Config(StrictModel):
     transforms: TransformsConfig = TransformsConfig()
     smoothing: SmoothingConfig | None = None
     local: LocalConfig = LocalConfig()
+    block_training: BlockTrainingConfig | None = None
     training: TrainingConfig | None = None
     rounding: RoundingConfig = RoundingConfig()
     range_training: RangeTrainingConfig | None = None
@@ -462,6 +496,11 @@ class Config(StrictModel):
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: str = Field(default="runs/{name}", min_length=1, description="may contain {name} and {setting}")
+
+    @property
+    def attaches(self) -> bool:
+        """Whether transforms are trained, and merged only after that."""
+        return self.block_training is not None or self.training is not None
 
     @property
     def rounds(self) -> bool:

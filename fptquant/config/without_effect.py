@@ -13,7 +13,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fptquant.config.schema import CACHE_SITES, Config, EndToEndConfig, QuantizationConfig, RangeConfig
+from fptquant.config.schema import (
+    CACHE_SITES,
+    TRAINING_STAGES,
+    BlockTrainingConfig,
+    Config,
+    EndToEndConfig,
+    OptimizationConfig,
+    QuantizationConfig,
+    RangeConfig,
+)
 
 _RANGE_FIELDS = {
     "min_max": frozenset[str](),
@@ -184,9 +193,10 @@ def _tokens(quantization: QuantizationConfig) -> Iterator[WithoutEffect]:
 
 def _training(config: Config) -> Iterator[WithoutEffect]:
     training = config.training
-    for settings in (training, config.range_training):
+    for key in TRAINING_STAGES:
+        settings: OptimizationConfig | None = getattr(config, key)
         if settings is not None:
-            yield from _end_to_end(config, settings)
+            yield from _trained(config, settings)
     if training is None:
         return
     if config.quantization.weight.bits == 16:
@@ -195,20 +205,23 @@ def _training(config: Config) -> Iterator[WithoutEffect]:
     elif training.weights == "full_precision" and training.lr.weight_range is not None:
         message = "training.weights = full_precision, whose ranges are set after training; remove one of the two"
         yield from _changed(training.lr, "training.lr", ["weight_range"], message, by_label=False)
-    for name in ("query_key_rotation", "value_mixing", "up_scaling"):
-        if getattr(config.transforms, name) is None and getattr(training.lr, name) is not None:
-            message = f"transforms.{name} is not used; set transforms.{name}={{}} or remove it"
-            yield from _changed(training.lr, "training.lr", [name], message, by_label=False)
 
 
-def _end_to_end(config: Config, settings: EndToEndConfig) -> Iterator[WithoutEffect]:
-    if settings.objective in ("cross_entropy", "hidden_mse"):
+def _trained(config: Config, settings: OptimizationConfig) -> Iterator[WithoutEffect]:
+    if isinstance(settings, EndToEndConfig) and settings.objective in ("cross_entropy", "hidden_mse"):
         message = f"the objective {settings.objective} has no temperature; remove it"
         yield from _changed(settings, settings.key, ["temperature"], message, by_label=False)
     for name, kind in (("weight_range", "weight"), ("activation_range", "activation"), ("kv_cache_range", "kv_cache")):
         if not config.quantization.has_static_range(kind) and getattr(settings.lr, name) is not None:
             message = f"quantization.{kind} has no static range; remove it, or set another label"
             yield from _changed(settings.lr, f"{settings.key}.lr", [name], message, by_label=True)
+    for name in ("query_key_rotation", "value_mixing", "up_scaling"):
+        if getattr(config.transforms, name) is None and getattr(settings.lr, name, None) is not None:
+            message = f"transforms.{name} is not used; set transforms.{name}={{}} or remove it"
+            yield from _changed(settings.lr, f"{settings.key}.lr", [name], message, by_label=False)
+    if isinstance(settings, BlockTrainingConfig):
+        message = "T_r belongs to all blocks together; remove it"
+        yield from _changed(settings.lr, f"{settings.key}.lr", ["residual_rotation"], message, by_label=False)
 
 
 def _rounding(config: Config) -> Iterator[WithoutEffect]:

@@ -7,7 +7,7 @@ embeddings, hooks and the forward context are therefore those of any other pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +104,21 @@ class PartState:
 
     hidden: Tensor
     running_scale: Tensor | None = None
+
+    def rows(self, rows: Tensor) -> PartState:
+        """Some of the windows."""
+        return PartState(self.hidden[rows], None if self.running_scale is None else self.running_scale[rows])
+
+    def residual(self) -> Tensor:
+        """The true residual, also where S_n carries another, [B, T, H], in float32 or wider."""
+        hidden = self.hidden.to(torch.promote_types(self.hidden.dtype, torch.float32))
+        return hidden if self.running_scale is None else hidden * self.running_scale
+
+    @staticmethod
+    def joined(parts: Sequence[PartState]) -> PartState:
+        """Windows of several states, one after the other."""
+        scales = [part.running_scale for part in parts if part.running_scale is not None]
+        return PartState(torch.cat([part.hidden for part in parts]), torch.cat(scales) if scales else None)
 
 
 class _Stored(nn.Module):

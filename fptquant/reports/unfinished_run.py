@@ -6,7 +6,7 @@ runs/mine.partial/checkpoint*       from where it goes on: of training (`fptquan
                                     evaluations (`fptquant.evaluation.scores`), and where a model larger than memory is calibrated
                                     (`fptquant.stages.stream`)
 runs/mine.partial/metrics.jsonl     what training has seen so far
-runs/mine.partial/range_training/   checkpoint and metrics.jsonl of range training
+runs/mine.partial/range_training/   checkpoint and metrics.jsonl of range training; block_training/ likewise of each block
 and whatever else was written. In the end, the folder without its checkpoints is renamed to runs/mine.
 """
 
@@ -24,7 +24,7 @@ import yaml
 
 from fptquant.config.differences import differences
 from fptquant.config.loading import dump_config
-from fptquant.config.schema import WITHOUT_INFLUENCE, Config
+from fptquant.config.schema import TRAINING_STAGES, WITHOUT_INFLUENCE, Config
 from fptquant.errors import UserError
 from fptquant.reports.run_folder import RUN_MARKER, check_output, disk_errors, make_parents, remove_empty, replace_folder
 
@@ -32,10 +32,10 @@ CHECKPOINT = "checkpoint"
 """Names that begin so belong to the unfinished run alone; a file of this name, whatever its suffix, makes it worth keeping."""
 EVALUATION = f"{CHECKPOINT}-evaluation"
 """Folder of what evaluations have found so far; what lies in a folder ``checkpoint-*`` makes a run worth keeping, too."""
-_OF_TRAINING = ("metrics.jsonl", "tensorboard", "range_training")
+_OF_TRAINING = ("metrics.jsonl", "tensorboard", "block_training", "range_training")
 """What the next part of a run that trains needs besides its checkpoints; everything else is made again."""
 _KEPT = "what was written until the last checkpoint is kept"
-MAY_CHANGE = {"output", *(f"{stage}.{key}" for stage in ("training", "range_training") for key in WITHOUT_INFLUENCE)}
+MAY_CHANGE = {"output", *(f"{stage}.{key}" for stage in TRAINING_STAGES for key in WITHOUT_INFLUENCE)}
 """What may differ when a run goes on."""
 
 Description = Mapping[str, str]

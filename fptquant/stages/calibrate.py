@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fptquant.config.labels import AUTO_PREFIX
-from fptquant.config.schema import Config, SmoothingConfig
+from fptquant.config.schema import TRAINING_STAGES, Config, SmoothingConfig
 from fptquant.data.text import Text, load_text
 from fptquant.data.training import TrainingData
 from fptquant.data.windows import check_window, token_windows
@@ -40,8 +40,9 @@ from fptquant.stages.range_student import weights_by_name
 from fptquant.stages.rounding import round_, rounding_data
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
 from fptquant.stages.smooth import smooth_
-from fptquant.stages.train import BEFORE_TRAINING, fingerprint, train_, train_ranges_, training_data
-from fptquant.stages.transform_student import attach_transforms_
+from fptquant.stages.train import BEFORE_BLOCK_TRAINING, BEFORE_TRAINING, fingerprint, train_, train_ranges_, training_data
+from fptquant.stages.train_blocks import train_blocks_
+from fptquant.stages.transform_student import attach_transforms_, merge_attached_
 from fptquant.stages.untie import untie_
 from fptquant.transforms import ModelSizes, ModelTransforms, TransformOptions, build_transforms, check_transforms
 
@@ -122,6 +123,7 @@ class _Texts:
 
     windows: Tensor
     """As `calibration_windows`."""
+    block_training: TrainingData | None
     training: TrainingData | None
     rounding: TrainingData | None
     range_training: TrainingData | None
@@ -158,8 +160,7 @@ def _transform_(
 ) -> tuple[ModelTransforms, dict[str, Any]]:
     """Untying, norm fusion, T_r, smoothing, local optimization and merging; returns the transforms and what the stages report.
 
-    T_k, T_v, T_u and T_d are not merged where training follows, which merges them at its end. What was found earlier is
-    not found again.
+    T_k, T_v, T_u and T_d are not merged where they are trained: they are after that. What was found earlier is not found again.
     """
     report: dict[str, Any] = {}
     options = TransformOptions.of(config.transforms)
@@ -199,7 +200,7 @@ def _transform_(
                 progress=progress,
             )
             report["local"] = local.as_dict()
-    if config.training is None:
+    if not config.attaches:
         with stage("merge the transforms"):
             merge_blocks_(model, transforms, progress=progress)
     return transforms, report
@@ -242,9 +243,10 @@ def calibrate(
     """Calibrates a model as a config says: merges its transforms, sets its ranges, simulates its quantizers.
 
     Stages: fuse norm gains, T_r, with ``config.smoothing`` the scales of channels (calibration text), local optimization (no data),
-    merging, weight ranges, activation ranges (calibration text); with ``config.training`` end-to-end training of transforms and
-    ranges, before they are merged; with ``config.rounding`` other than to nearest, rounding of the merged weights (text); with
-    ``config.range_training`` training of ranges alone, while the weights keep their integers.
+    weight ranges, activation ranges (calibration text), training of transforms and ranges with ``config.block_training`` block by
+    block and with ``config.training`` end to end, merging (before the ranges where nothing is trained); with ``config.rounding``
+    other than to nearest, rounding of the merged weights (text); with ``config.range_training`` training of ranges alone, while
+    the weights keep their integers.
     The model is copied first, so that it can serve as the full-precision reference; ``in_place`` saves that memory.
 
     Args:
@@ -272,6 +274,7 @@ def calibrate(
         texts = on_main(  # fetched or sampled once
             lambda: _Texts(
                 windows,
+                training_data(model, tokenizer, config, config.block_training, progress=bars),
                 training_data(model, tokenizer, config, config.training, progress=bars),
                 rounding_data(model, tokenizer, config, progress=bars),
                 training_data(model, tokenizer, config, config.range_training, progress=bars),
@@ -297,17 +300,21 @@ def _calibrate_(
     calibrated.train(False)
     calibrated.requires_grad_(False)
     # before anything is merged: merged weights differ in the last bits from machine to machine
-    digested = folder is not None or config.training is not None or config.range_training is not None
-    weights = weights_digest(calibrated.named_parameters()) if digested else ""
+    trains = any(getattr(config, key) is not None for key in TRAINING_STAGES)
+    weights = weights_digest(calibrated.named_parameters()) if trains or folder is not None else ""
     file = None if folder is None else folder / PREPARED
     # of the config as it was given, whoever has searched for its prefix
-    belongs_to = {**fingerprint(config, weights, BEFORE_TRAINING), "seed": config.seed, "windows": tensors_digest(texts.windows)}
+    belongs_to = {
+        **fingerprint(config, weights, BEFORE_BLOCK_TRAINING),
+        "seed": config.seed,
+        "windows": tensors_digest(texts.windows),
+    }
     earlier = on_main(lambda: load_prepared(file, belongs_to)) if file is not None and resume else None
     stage = _Stages({} if earlier is None else earlier.seconds)
     if config.quantization.prefix == AUTO_PREFIX and found_prefix != AUTO_PREFIX:
         config = with_prefix(config, found_prefix)
     config, transforms, report = _prepare_(calibrated, tokenizer, config, sizes, texts.windows, earlier, stage, progress)
-    long = texts.training is not None or sum(stage.seconds.values()) >= WORTH_KEEPING
+    long = config.attaches or sum(stage.seconds.values()) >= WORTH_KEEPING
     if file is not None and earlier is None and long and is_main():
         prefix = cast("list[int] | None", config.quantization.prefix)
         found = Prepared(transforms.state_dict(), range_tensors(calibrated), prefix, report, stage.seconds)
@@ -330,10 +337,19 @@ def _finish_(
     resume: bool,
     progress: ProgressCallback,
 ) -> dict[str, Any]:
-    """Training, rounding and range training, those that the config has; returns their reports."""
+    """Block training, training, rounding and range training, those that the config has; returns their reports."""
     report: dict[str, Any] = {}
     kept: dict[str, Any] = {"folder": folder, "resume": resume, "progress": progress}
-    training, rounding, range_training = texts.training, texts.rounding, texts.range_training
+    blocks, training, rounding, range_training = texts.block_training, texts.training, texts.rounding, texts.range_training
+    settings = config.block_training
+    if blocks is not None and settings is not None:
+        mark = fingerprint(config, weights, BEFORE_TRAINING)
+        report["block_training"] = stage.lasting(
+            "block training",
+            lambda: train_blocks_(model, transforms, settings, blocks, seed=config.seed, belongs_to=mark, **kept),
+        )
+        if training is None:
+            merge_attached_(model, transforms)
     if training is not None:
         report["training"] = stage.lasting(
             "end-to-end training", lambda: train_(model, transforms, config, training, weights=weights, **kept)
@@ -369,7 +385,7 @@ def _prepare_(
         config = with_prefix(config, earlier.prefix)
     transforms, report = _transform_(model, config, sizes, windows, earlier, stage, progress)
     instrument_for(model, config)
-    if config.training is not None:
+    if config.attaches:
         attach_transforms_(model, transforms)
     if isinstance(config.quantization.prefix, list):
         compute_prefix_(model, config.quantization.prefix)

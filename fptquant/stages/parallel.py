@@ -30,7 +30,7 @@ def over_processes(student: Student) -> Iterator[Callable[[Tensor], Tensor]]:
 
     from fptquant.stages.shard_weights import sharded_weights
 
-    model, shard = student.model, student.settings.shard_weights
+    model, shard = student.model, student.shard_weights
     broadcast_(student.shared_tensors())
     on_gpu = model.device.type == "cuda"
     with sharded_weights(model, on_gpu if shard is None else shard):

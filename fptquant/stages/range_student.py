@@ -20,13 +20,13 @@ from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.models.rescaling import Rescaling
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.quantizers.sites import kind_of
-from fptquant.stages.student import Student, TrainedRange
+from fptquant.stages.student import EndToEndStudent, TrainedRange
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class RangeStudent(Student):
+class RangeStudent(EndToEndStudent):
     """Trains the ranges of a calibrated model, whatever has rounded its weights; those that nothing has are rounded to nearest.
 
     Args:

@@ -89,12 +89,10 @@ class _AutoRound(BlockMethod):
     def _through(self, state: PartState) -> PartState:
         """The block's output for the windows of this process."""
         parts = torch.split(torch.arange(len(self._tokens), device=self._tokens.device), self._at_once)
-        outputs = [self._run(state, part) for part in parts]
-        scales = [output.running_scale for output in outputs if output.running_scale is not None]
-        return PartState(torch.cat([output.hidden for output in outputs]), torch.cat(scales) if scales else None)
+        return PartState.joined([self._run(state, part) for part in parts])
 
     def _run(self, state: PartState, part: Tensor) -> PartState:
-        return self.decoder.run(self._tokens[part], _rows(state, part))
+        return self.decoder.run(self._tokens[part], state.rows(part))
 
     def round_(self, linears: Linears, tick: Tick) -> dict[str, Any]:
         inputs = self._state
@@ -149,7 +147,7 @@ class _AutoRound(BlockMethod):
         for part in torch.split(batch, self._at_once) if len(batch) else ():
             with torch.enable_grad():
                 output = self._run(inputs, part)
-                loss = _losses(output, _rows(self._exact, part)).sum()
+                loss = _losses(output, self._exact.rows(part)).sum()
                 # Only signs count: the sum over tokens and channels instead of the mean keeps gradients in float16's range.
                 (loss * output.hidden[0].numel()).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
@@ -224,19 +222,9 @@ def _quantizer(linear: QuantizedLinear) -> Quantizer:
     return linear.weight_quantizer
 
 
-def _rows(state: PartState, rows: Tensor) -> PartState:
-    return PartState(state.hidden[rows], None if state.running_scale is None else state.running_scale[rows])
-
-
 def _losses(output: PartState, exact: PartState) -> Tensor:
     """Mean squared error of each window, [windows], float32 or wider."""
-    return (_residual(output) - _residual(exact)).square().mean((1, 2))
-
-
-def _residual(state: PartState) -> Tensor:
-    """The true residual, also where S_n carries another, [windows, T, H]."""
-    hidden = state.hidden.to(torch.promote_types(state.hidden.dtype, torch.float32))
-    return hidden if state.running_scale is None else hidden * state.running_scale
+    return (output.residual() - exact.residual()).square().mean((1, 2))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from fptquant.config.schema import Config
+from fptquant.config.schema import TRAINING_STAGES, Config
 from fptquant.data.text import Text
 from fptquant.diagnostics import diagnostics
 from fptquant.errors import UserError
@@ -132,9 +132,8 @@ def _check_streamable(config: Config) -> None:
             f"rounding.method = {config.rounding.method}{' with clip' * config.rounding.clip} is not possible with streaming; set "
             "rounding={}, or calibrate in memory"
         )
-    for settings in (config.training, config.range_training):
-        if settings is not None:
-            key = settings.key
+    for key in TRAINING_STAGES:
+        if getattr(config, key) is not None:
             raise UserError(f"{key} needs the whole model in memory; set {key}=null, or run without streaming")
 
 

@@ -1,11 +1,12 @@
-"""The quantized student and its full-precision teacher in one model: what the stages that train end to end have in common.
+"""What is trained of a quantized model, and the student and its full-precision teacher in one model.
 
-`fptquant.stages.transform_student` trains transforms and ranges before rounding, `fptquant.stages.range_student` ranges after it.
+`fptquant.stages.block_student` trains transforms and ranges of one block for its output, `fptquant.stages.transform_student`
+those of all blocks end to end, `fptquant.stages.range_student` ranges alone, end to end, after rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fptquant import ops
-from fptquant.config.schema import EndToEndConfig
+from fptquant.config.schema import EndToEndConfig, OptimizationConfig
 from fptquant.evaluation.hidden import first_nonfinite_module
 from fptquant.fingerprint import tensors_digest
 from fptquant.models.adapter import view_model
@@ -22,6 +23,8 @@ from fptquant.models.prefix import prefix_off
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.quantizers.sites import kind_of
 from fptquant.stages.distributed import world_size
+from fptquant.transforms import ModelTransforms, Transform, ValueMixing
+from fptquant.transforms.value_mixing import hold_mixings, release_mixings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,32 +75,58 @@ class TrainedRange(nn.Module):
 
 
 class Student(nn.Module):
-    """Student and teacher on one copy of the base weights, and everything that is trained.
+    """Ranges, and the transforms of some blocks, as parameters in groups of one learning rate each.
 
-    The model is instrumented, its ranges are set and switched on; a prefix, if any, has its keys and values. ``forward`` gives
-    the loss, `finish_` leaves an ordinary calibrated model.
+    The model is instrumented, its ranges are set and switched on; transforms are attached by
+    `fptquant.stages.transform_student.attach_transforms_`. `finish_` leaves what was trained in the model.
+
+    Args:
+        transforms: those of the model; none are trained by default.
+        blocks: whose transforms are trained.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: EndToEndConfig) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: OptimizationConfig,
+        transforms: ModelTransforms | None = None,
+        blocks: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         self._model = (model,)  # in a tuple: frozen weights are neither parameters nor state of this module
+        self._transforms = (None if transforms is None else transforms.requires_grad_(False),)
         self.settings = settings
-        self.context = get_context(model)
-        self.view = view_model(model)
         self.ranges = nn.ModuleDict()
+        self.trained = nn.ModuleDict()
         self._groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
-        self._remembered: dict[str, Tensor] = {}
         self._collect_ranges()
-        if settings.activation_checkpointing:
-            self._checkpoint_activations(True)
+        used = [] if transforms is None else [(f"layers_{i}", t) for i in blocks for t in transforms.block(i).of_linears()]
+        self._mixings = [transform for _, transform in used if isinstance(transform, ValueMixing)]
+        self._collect_transforms(used)
 
     @property
     def model(self) -> PreTrainedModel:
         return self._model[0]
 
+    @property
+    def shard_weights(self) -> bool | None:
+        """Whether frozen weights are spread over the processes; None: on GPUs only."""
+        return False
+
     def shared_tensors(self) -> list[Tensor]:
         """What all processes begin with alike, besides trained parameters."""
-        return list(self.model.buffers())
+        (transforms,) = self._transforms
+        of_transforms = [] if transforms is None else [*transforms.parameters(), *transforms.buffers()]
+        return [*self.model.buffers(), *of_transforms]
+
+    def _collect_transforms(self, used: Sequence[tuple[str, Transform]]) -> None:
+        for where, transform in used:
+            if getattr(self.settings.lr, transform.name, None) is None:
+                continue
+            self.trained[f"{where}_{transform.name}"] = transform
+            for name, parameter in transform.named_parameters():
+                parameter.requires_grad_(True)
+                self._groups.setdefault(transform.name, []).append((f"{where}.{transform.name}.{name}", parameter))
 
     def _collect_ranges(self) -> None:
         for name, quantizer in iter_quantizers(self.model):
@@ -137,17 +166,54 @@ class Student(nn.Module):
             for name, parameter in group:
                 parameter.copy_(state[name])
 
+    def _prepare(self) -> None:
+        """Computes what the weights of this step share, before the first of them needs it."""
+        release_mixings(self._mixings)
+        hold_mixings(self._mixings)
+        for trained in self.trained_ranges.values():
+            trained.apply_()
+
+    def _nonfinite_range(self) -> str | None:
+        """The first range that holds NaN, infinity, or a scale of 0 or less."""
+        for name, quantizer in iter_quantizers(self.model):
+            if quantizer.scale is not None and not bool(quantizer.scale.isfinite().all() and (quantizer.scale > 0).all()):
+                return f"the range of {name}"
+        return None
+
+    @torch.no_grad()
+    def finish_(self) -> None:
+        """Leaves the ranges in their quantizers as plain numbers; the student is of no more use."""
+        release_mixings(self._mixings)
+        for trained in self.trained_ranges.values():
+            trained.finish_()
+
+
+class EndToEndStudent(Student):
+    """Student and teacher on one copy of the base weights: ``forward`` gives the loss.
+
+    A prefix, if any, has its keys and values. `finish_` leaves an ordinary calibrated model.
+    """
+
+    settings: EndToEndConfig
+
+    def __init__(self, model: PreTrainedModel, settings: EndToEndConfig, transforms: ModelTransforms | None = None) -> None:
+        super().__init__(model, settings, transforms, range(view_model(model).num_layers))
+        self.context = get_context(model)
+        self.view = view_model(model)
+        self._remembered: dict[str, Tensor] = {}
+        if settings.activation_checkpointing:
+            self._checkpoint_activations(True)
+
+    @property
+    def shard_weights(self) -> bool | None:
+        return self.settings.shard_weights
+
     @contextmanager
     def _as_teacher(self) -> Iterator[None]:
         """The model without quantizers, without a prefix, and without transforms that are not merged."""
         with kept_modes(self.model), self.context.teacher(), prefix_off(self.model):
             set_modes(self.model, "off")
             yield
-
-    def _prepare(self) -> None:
-        """Computes what the weights of this step share, before the first of them needs it."""
-        for trained in self.trained_ranges.values():
-            trained.apply_()
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         device = self.model.device
@@ -210,11 +276,8 @@ class Student(nn.Module):
         Shape: tokens [B, T]; each window is run by itself.
         """
         self._prepare()
-        for name, quantizer in iter_quantizers(self.model):
-            if quantizer.scale is not None and not bool(quantizer.scale.isfinite().all() and (quantizer.scale > 0).all()):
-                return f"the range of {name}"
         found = (first_nonfinite_module(self.model, window) for window in tokens)
-        return next((f"the output of {name}" for name in found if name is not None), None)
+        return self._nonfinite_range() or next((f"the output of {name}" for name in found if name is not None), None)
 
     def _checkpoint_activations(self, enable: bool) -> None:
         """Recomputes each layer in the backward pass instead of keeping its activations; dropout stays off."""
@@ -233,5 +296,4 @@ class Student(nn.Module):
         if self.settings.activation_checkpointing:
             self._checkpoint_activations(False)
         self._remembered.clear()
-        for trained in self.trained_ranges.values():
-            trained.finish_()
+        super().finish_()

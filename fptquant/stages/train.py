@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fptquant.config.schema import Config, EndToEndConfig
+from fptquant.config.schema import TRAINING_STAGES, Config, OptimizationConfig
 from fptquant.data.text import load_text
 from fptquant.data.training import TrainingData, training_windows
 from fptquant.data.windows import check_window
@@ -19,7 +19,7 @@ from fptquant.stages.parallel import over_processes
 from fptquant.stages.progress import Progress, quiet
 from fptquant.stages.range_student import RangeStudent
 from fptquant.stages.set_ranges import set_weight_ranges_
-from fptquant.stages.student import Student
+from fptquant.stages.student import EndToEndStudent
 from fptquant.stages.train_end_to_end import check_settings, train_end_to_end_
 from fptquant.stages.transform_student import TransformStudent
 from fptquant.transforms import ModelTransforms, ValueMixing
@@ -40,7 +40,8 @@ def check_training(model: PreTrainedModel, config: Config) -> None:
         UserError: if a window is longer than the model's context, or as
             `fptquant.stages.train_end_to_end.check_settings`.
     """
-    for settings in (config.training, config.range_training):
+    for key in TRAINING_STAGES:
+        settings: OptimizationConfig | None = getattr(config, key)
         if settings is not None:
             check_window(model.config, settings.window, f"{settings.key}.window")
             check_settings(settings)
@@ -50,7 +51,7 @@ def training_data(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
-    settings: EndToEndConfig | None,
+    settings: OptimizationConfig | None,
     *,
     progress: Progress = quiet,
 ) -> TrainingData | None:
@@ -65,11 +66,11 @@ def training_data(
     return training_windows(
         tokenizer,
         settings.text,
-        windows=settings.steps * settings.batch,
+        windows=settings.wanted_windows,
         window=settings.window,
         held_out=settings.held_out_windows,
         seed=config.seed,
-        distinct=settings.distinct_windows,
+        distinct=getattr(settings, "distinct_windows", None),
         model=model,
         excluded=[load_text(config.evaluation.text, "evaluation")],
         progress=progress,
@@ -88,9 +89,10 @@ def fingerprint(config: Config, weights: str, left_out: frozenset[str]) -> dict[
     return {"config": settings, "weights": weights}
 
 
-BEFORE_TRAINING = frozenset({"training", "rounding", "range_training"})
 BEFORE_RANGE_TRAINING = frozenset({"range_training"})
-"""What `fingerprint` leaves out for training and the stages before it, and for range training."""
+BEFORE_TRAINING = BEFORE_RANGE_TRAINING | {"rounding", "training"}
+BEFORE_BLOCK_TRAINING = BEFORE_TRAINING | {"block_training"}
+"""What `fingerprint` leaves out for a stage that trains; the last for the stages before it, too."""
 
 
 def train_(
@@ -161,7 +163,7 @@ def train_ranges_(
 
 
 def _train_(
-    student: Student,
+    student: EndToEndStudent,
     data: TrainingData,
     seed: int,
     belongs_to: dict[str, Any],

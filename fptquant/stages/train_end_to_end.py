@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fptquant.config.differences import differences
-from fptquant.config.schema import WITHOUT_INFLUENCE, EndToEndConfig
+from fptquant.config.schema import WITHOUT_INFLUENCE, OptimizationConfig
 from fptquant.errors import UserError
 from fptquant.files import check_same_run
 from fptquant.fingerprint import machine, tensors_digest
@@ -55,7 +55,7 @@ def train_end_to_end_(
     student: Trainable,
     train: Tensor,
     held_out: Tensor,
-    settings: EndToEndConfig,
+    settings: OptimizationConfig,
     *,
     seed: int,
     folder: Path | None = None,
@@ -99,7 +99,7 @@ def train_end_to_end_(
             trainer.log.close()
 
 
-def check_settings(settings: EndToEndConfig) -> None:
+def check_settings(settings: OptimizationConfig) -> None:
     """Refuses what cannot be done with these processes and packages.
 
     Raises:
@@ -122,7 +122,7 @@ class _Trainer:
         student: Trainable,
         train: Tensor,
         held_out: Tensor,
-        settings: EndToEndConfig,
+        settings: OptimizationConfig,
         forward: Callable[[Tensor], Tensor],
         belongs_to: dict[str, Any],
         folder: Path | None,

@@ -18,35 +18,33 @@ from fptquant.models.merging import Merging
 from fptquant.models.prefix import model_prefixes
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.stages.merge_transforms import BLOCK_SIDES, OUTPUT_SIDES, merge_blocks_, rotate_residual_
-from fptquant.stages.student import Student
-from fptquant.transforms import BlockTransforms, ModelTransforms, ResidualRotation, Transform, ValueMixing
-from fptquant.transforms.value_mixing import hold_mixings, release_mixings
+from fptquant.stages.student import EndToEndStudent
+from fptquant.transforms import BlockTransforms, ModelTransforms, ResidualRotation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class TransformStudent(Student):
+class TransformStudent(EndToEndStudent):
     """Trains transforms and ranges of a model whose transforms are attached by `attach_transforms_` instead of merged.
 
     `finish_` merges what was trained and leaves an ordinary calibrated model. A trained T_r starts at the identity, on top of the
     one that the weights hold.
     """
 
+    settings: TrainingConfig
+
     def __init__(self, model: PreTrainedModel, transforms: ModelTransforms, settings: TrainingConfig) -> None:
-        super().__init__(model, settings)
-        self._transforms = (transforms.requires_grad_(False),)
+        super().__init__(model, settings, transforms)
         self.rotation = self._start_rotation() if settings.lr.residual_rotation is not None else None
-        self.trained = nn.ModuleDict()
-        self._mixings = [m for m in transforms.modules() if isinstance(m, ValueMixing)]
-        self._collect_transforms(settings)
+        if self.rotation is not None:
+            self._collect_transforms([("model", self.rotation)])
 
     @property
     def transforms(self) -> ModelTransforms:
-        return self._transforms[0]
-
-    def shared_tensors(self) -> list[Tensor]:
-        return [*super().shared_tensors(), *self.transforms.parameters(), *self.transforms.buffers()]
+        (transforms,) = self._transforms
+        assert transforms is not None
+        return transforms
 
     def _start_rotation(self) -> ResidualRotation:
         rotation = ResidualRotation(self.view.hidden_size, start="identity").to(self.model.device)
@@ -65,21 +63,7 @@ class TransformStudent(Student):
             return output
         return output @ self.rotation.matrix().to(output.dtype).mT
 
-    def _collect_transforms(self, settings: TrainingConfig) -> None:
-        used: list[tuple[str, Transform]] = [] if self.rotation is None else [("model", self.rotation)]
-        for index in range(len(self.transforms.blocks)):
-            used += [(f"layers_{index}", transform) for transform in self.transforms.block(index).of_linears()]
-        for where, transform in used:
-            if getattr(settings.lr, transform.name, None) is None:
-                continue
-            self.trained[f"{where}_{transform.name}"] = transform
-            for name, parameter in transform.named_parameters():
-                parameter.requires_grad_(True)
-                self._groups.setdefault(transform.name, []).append((f"{where}.{transform.name}.{name}", parameter))
-
     def _prepare(self) -> None:
-        release_mixings(self._mixings)
-        hold_mixings(self._mixings)
         if self.rotation is not None:
             self.rotation.held = None
             self.rotation.held = self.rotation.matrix().to(torch.promote_types(self.model.dtype, torch.float32))
@@ -92,7 +76,6 @@ class TransformStudent(Student):
     @torch.no_grad()
     def finish_(self) -> None:
         super().finish_()
-        release_mixings(self._mixings)
         if self.rotation is not None:
             self._finish_rotation(self.rotation)
         merge_attached_(self.model, self.transforms)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fptquant.config.schema import EndToEndConfig
+from fptquant.config.schema import OptimizationConfig
 from fptquant.errors import UserError
 
 Groups = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
@@ -44,7 +44,7 @@ class GroupedAdamW:
         UserError: if there is nothing to train, or a group has no learning rate.
     """
 
-    def __init__(self, groups: Groups, settings: EndToEndConfig) -> None:
+    def __init__(self, groups: Groups, settings: OptimizationConfig) -> None:
         self.named = {name: parameter for members in groups.values() for name, parameter in members}
         if not self.named:
             raise UserError(
@@ -123,7 +123,7 @@ class GroupedAdamW:
             parameter.grad = None if saved is None else saved.to(parameter.device, copy=True)
 
 
-def _peak(settings: EndToEndConfig, group: str) -> float:
+def _peak(settings: OptimizationConfig, group: str) -> float:
     peak: float | None = getattr(settings.lr, group)
     if peak is None:
         raise UserError(f"{settings.key}.lr.{group} is null, but its parameters are to be trained; give it a learning rate")
