@@ -157,6 +157,20 @@ def draw_histogram(before: Tensor, after: Tensor) -> Any:
     return figure
 
 
+def draw_block_training(blocks: Sequence[Mapping[str, Any]]) -> Any:
+    """The held-out error of every block before and after it was trained, as metrics.json holds them."""
+    figure = new_figure(5.8, 3.2)
+    axes = figure.subplots()
+    for key, color, label in (("initial", BEFORE, "before"), ("best", AFTER, "after")):
+        axes.semilogy([block[key] for block in blocks], color=color, linewidth=1.6, marker="o", markersize=3, label=label)
+    bare_axes(axes)
+    axes.set_xlabel("block", fontsize=9)
+    axes.set_ylabel("error of the output", fontsize=9)
+    axes.tick_params(which="both", labelsize=8)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def draw_training(entries: Sequence[Mapping[str, Any]], objective: str) -> Any:
     """The loss of every step and the divergence on held-out windows, as metrics.jsonl holds them."""
     from matplotlib.ticker import FuncFormatter

@@ -25,6 +25,7 @@ from fptquant.models.adapter import LINEAR_NAMES
 from fptquant.quantizers.sites import layer_and_site
 from fptquant.reports.diagnosis import Diagnosis, Look, diagnose
 from fptquant.reports.diagnostic_plots import (
+    draw_block_training,
     draw_histogram,
     draw_layer_sensitivity,
     draw_sensitivity,
@@ -367,6 +368,11 @@ def _histograms(diagnosis: Diagnosis) -> list[tuple[str, list[tuple[str, Picture
 def _training(config: Config, run: Run) -> list[tuple[str, Picture]]:
     """The course of each stage that trains, with its heading."""
     found = []
+    blocks = run.calibration.get("block_training", {}).get("blocks", [])
+    if blocks:
+        found.append(
+            ("block training", _chart(draw_block_training(blocks), "block training: error of every block before and after"))
+        )
     for settings in (config.training, config.range_training):
         entries = [] if settings is None else run.training.get(settings.key, [])
         if settings is not None and any(entry.get("kind") == "step" for entry in entries):

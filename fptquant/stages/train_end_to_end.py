@@ -242,7 +242,7 @@ class _Trainer:
         tell(self.progress, steps, steps, settings.title, self._note())
         return TrainingReport(
             steps=steps,
-            tokens=steps * settings.batch * self.train.shape[1],
+            tokens=steps * settings.batch * settings.window,
             initial=position.curve[0][1],
             best=best,
             best_step=best_step,
@@ -294,7 +294,7 @@ class _Trainer:
         self._count_time(started)
         own = sum(len(piece) * value for piece, value in zip(pieces, position.losses, strict=True))
         loss = total(own, self.device) / self.settings.batch
-        self.tokens_per_second = self.settings.batch * self.train.shape[1] / position.step_seconds
+        self.tokens_per_second = self.settings.batch * self.settings.window / position.step_seconds
         position.step, position.losses, position.step_seconds = position.step + 1, [], 0.0
         position.first_loss = loss if position.first_loss is None else position.first_loss
         position.last_loss = loss

@@ -26,6 +26,8 @@ SMALL = ["evaluation.text=topics", "evaluation.windows=2", "evaluation.window=64
 TRAINING = [
     "training.text=topics", "training.steps=2", "training.window=32", "training.batch=1", "training.held_out_windows=1",
     "training.evaluate_every=1",
+    "block_training={text: topics, steps: 1, batch: 1, windows: 1, window: 32, held_out_windows: 1}",
+    "range_training={text: topics, steps: 1, window: 32, held_out_windows: 1}",
 ]  # fmt: skip
 VOID = {"meta", "link", "img", "br"}
 SECTIONS = ["run", "results", "blocks", "sqnr", "sensitivity", "outliers", "histograms", "training", "stages", "config"]
@@ -94,11 +96,21 @@ def test_the_page_holds_every_part(run: Path, page: Path) -> None:
     assert parsed.values("section", "id") == SECTIONS
     assert parsed.values("a", "href") == [f"#{name}" for name in SECTIONS]
     pictures = parsed.values("img", "src")
-    assert len(pictures) == 4 + 2 + 14 + 1  # blocks, SQNR, sensitivity twice; outliers; histograms; training
+    assert (
+        len(pictures) == 4 + 2 + 14 + 3
+    )  # blocks, SQNR, sensitivity twice; outliers; histograms; training in blocks, end to end, of ranges
     assert all(re.match(r"data:image/(png|svg\+xml);base64,[A-Za-z0-9+/]+=*$", uri) for uri in pictures)
     assert all(parsed.values("img", "alt"))
     result = json.loads((run / "metrics.json").read_text())["results"][1]["evaluation"]
-    for shown in (f"{result['jsd']:.4f}", "w4a8kv8-static, prefix of 1 token", "end-to-end training", "2 × 48 tokens", "v_cache"):
+    for shown in (
+        f"{result['jsd']:.4f}",
+        "w4a8kv8-static, prefix of 1 token",
+        "end-to-end training",
+        "block training",
+        "range training",
+        "2 × 48 tokens",
+        "v_cache",
+    ):
         assert shown in parsed.words
     assert "a<b>&'quoted'" in parsed.words
     assert "value_mixing:" in parsed.words  # the config
