@@ -94,13 +94,22 @@ class QuantizedLinear(nn.Linear):
         bias = self._bias()
         inverse = self.context.inverse_scale(x) if self.scaled is not None else None
         if inverse is None or (self.scaled == "input" and bias is None):
-            return F.linear(x, self.quantized_weight(), bias)
+            return self._product(x, bias)
         if self.scaled == "input":
             assert bias is not None
-            y = F.linear(x, self.quantized_weight())
+            y = self._product(x, None)
             return (y + bias * inverse).to(y.dtype)
-        y = F.linear(x, self.quantized_weight(), bias)
+        y = self._product(x, bias)
         return (y * inverse).to(y.dtype)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        rescaling = None if self.context.full_precision else self.rescaling
+        factor = None if rescaling is None else rescaling.output_factor()
+        if factor is None:
+            return F.linear(x, self.quantized_weight(), bias)
+        y = F.linear(x, self.weight)
+        y = (y * factor).to(y.dtype)  # in the factor's precision
+        return y if bias is None else y + bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         extra = super().extra_repr()

@@ -18,6 +18,12 @@ class Rescaling:
     log_scale: Tensor | None
     """Logarithm of the new scales over those that the weight was rounded with, one for each channel or group; None if they stay."""
 
+    def output_factor(self) -> Tensor | None:
+        """By what to multiply the layer's outputs [out] in place of the weight's rows, which would be copied; None for groups."""
+        if self.log_scale is None or self.log_scale.numel() != self.unrounded.shape[0]:
+            return None
+        return self.log_scale.reshape(-1).exp()
+
     def weight(self, rounded: Tensor) -> Tensor:
         """The rounded weight [out, in] with the new scales and the same integers; differentiable in ``log_scale``."""
         if self.log_scale is None:
