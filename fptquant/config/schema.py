@@ -484,6 +484,7 @@ class Config(StrictModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     dtype: DType = "float32"
     device: Device = "auto"
+    text: str = Field(default="auto", min_length=1, description="what stages learn from whose own text is auto: rounding, training")
     norm_gains: Literal["fused", "kept"] = "fused"
     transforms: TransformsConfig = TransformsConfig()
     smoothing: SmoothingConfig | None = None
@@ -496,6 +497,10 @@ class Config(StrictModel):
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: str = Field(default="runs/{name}", min_length=1, description="may contain {name} and {setting}")
+
+    def text_of(self, stage: OptimizationConfig | RoundingConfig) -> str:
+        """What a stage learns from: its own text, or that of the config."""
+        return self.text if stage.text == "auto" else stage.text
 
     @property
     def attaches(self) -> bool:

@@ -68,6 +68,7 @@ def find_without_effect(config: Config) -> list[WithoutEffect]:
         *_tokens(quantization),
         *_training(config),
         *_rounding(config),
+        *_text(config),
     ]
 
 
@@ -76,7 +77,7 @@ def _changed(model: BaseModel, path: str, names: Any, message: str, *, by_label:
     for name in names:
         default = type(model).model_fields[name].get_default(call_default_factory=True)
         if getattr(model, name) != default:
-            yield WithoutEffect(f"{path}.{name}", f"has no effect: {message}", default, by_label)
+            yield WithoutEffect(f"{path}.{name}".removeprefix("."), f"has no effect: {message}", default, by_label)
 
 
 def _local(config: Config) -> Iterator[WithoutEffect]:
@@ -242,3 +243,10 @@ def _rounding(config: Config) -> Iterator[WithoutEffect]:
     elif rounding.method == "gptq" and weight.granularity != "per_group":
         message = f"weights have no groups but {weight.granularity} ranges; set quantization.weight.group_size or remove it"
         yield from _changed(rounding, "rounding", ["static_groups"], message, by_label=True)
+
+
+def _text(config: Config) -> Iterator[WithoutEffect]:
+    stages = [getattr(config, key) for key in TRAINING_STAGES] + ([config.rounding] if config.rounds else [])
+    if not any(stage is not None and stage.text == "auto" for stage in stages):
+        message = "no stage learns from it: nothing is trained or rounded for inputs, or each has a text of its own; remove it"
+        yield from _changed(config, "", ["text"], message, by_label=True)

@@ -50,7 +50,7 @@ def rounding_data(
     check_rounding(model, config)
     return training_windows(
         tokenizer,
-        rounding.text,
+        config.text_of(rounding),
         windows=rounding.windows,
         window=rounding.window,
         held_out=0,

@@ -65,7 +65,7 @@ def training_data(
     check_training(model, config)
     return training_windows(
         tokenizer,
-        settings.text,
+        config.text_of(settings),
         windows=settings.wanted_windows,
         window=settings.window,
         held_out=settings.held_out_windows,

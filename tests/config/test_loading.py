@@ -308,6 +308,14 @@ def test_trained_settings_without_effect(overrides: list[str], message: str) -> 
     assert without.training is not None
 
 
+def test_a_text_that_nobody_learns_from_is_refused() -> None:
+    assert load_config("gptq", "text=model").text == "model"
+    assert load_config("rtn", "quantization=w4a16", "text=model", several=True).text == "model"
+    for overrides in (["text=model"], ["text=model", "rounding.method=gptq", "rounding.text=topics"]):
+        with pytest.raises(UserError, match="text: has no effect: no stage learns from it"):
+            load_config("rtn", "quantization=w4a16", *overrides)
+
+
 def test_files_that_are_no_config(tmp_path: Path) -> None:
     for content, message in [
         ("- a\n- b\n", "must hold keys and values"),

@@ -185,3 +185,12 @@ def test_a_text_that_is_too_short_is_not_read_twice(tmp_path: Path) -> None:
     ]
     assert 0 < report["tokens"] < 40_000
     assert report["tokens"] % 40 == 0
+
+
+def test_stages_without_a_text_of_their_own_learn_from_that_of_the_config(tmp_path: Path) -> None:
+    text = tmp_path / "common.txt"
+    text.write_text("\n\n".join(f"something in common {number} and more." for number in range(400)))
+    training = ["range_training={steps: 1, window: 40, held_out_windows: 1}"]
+    result = calibrate(config("rounding.text=auto", f"text={text}", *training))
+    assert result.metrics["rounding"]["text"] == result.metrics["range_training"]["text"] == "common.txt"
+    assert calibrate(config(f"text={text}", *training)).metrics["rounding"]["text"] == "rounding.txt"
