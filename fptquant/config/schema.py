@@ -373,7 +373,9 @@ class EndToEndConfig(OptimizationConfig):
     objective: Literal["jsd", "forward_kl", "reverse_kl", "cross_entropy", "hidden_mse"] = "jsd"
     temperature: float = Field(default=1.0, gt=0)
     distinct_windows: int | None = Field(
-        default=None, ge=1, description="different windows at most, which then repeat; null: as many as the text has for the steps"
+        default=None,
+        ge=1,
+        description="different windows at most, which then repeat; null: as many as the text has, 128 if the model writes it",
     )
     activation_checkpointing: bool = False
     shard_weights: bool | None = Field(

@@ -29,6 +29,8 @@ _BETWEEN = "\n\n"
 makers put between documents carries a massive activation wherever it stands (14,600; without it, the largest of 256 tokens
 after the first: 730)."""
 
+SAMPLED_WINDOWS = 128
+"""Different windows that a model writes at most, unless more are asked for: each takes seconds on a CPU."""
 _SHUFFLED_DOCUMENTS = 256
 _SHUFFLED_CHARACTERS = 8_000_000
 _BATCH_CHARACTERS = 1_000_000
@@ -90,7 +92,8 @@ def training_windows(
     Args:
         source: a name of ``TEXT_SOURCES``, a path, or a text; ``auto`` is dclm-edu where the hub answers, otherwise topics.
         windows: training windows of the whole run (steps x batch).
-        distinct: how many of them may differ; with None, as many as the source has.
+        distinct: how many of them may differ; with None, as many as the source has, of text that the model writes
+            `SAMPLED_WINDOWS`.
         model: the full-precision model as it was loaded, for ``source="model"``.
         excluded: texts that the result is evaluated on.
         cache_folder: where sampled text is kept; `fptquant.models.smollm2.cache_folder` by default.
@@ -99,6 +102,8 @@ def training_windows(
         UserError: if the source is unknown or cannot be read, if it gives fewer than ``held_out + 1`` windows, or if all its
             windows share passages with the excluded texts.
     """
+    if distinct is None and source == "model":
+        distinct = SAMPLED_WINDOWS
     wanted = windows if distinct is None else min(windows, distinct)
     if min(wanted, window - 1) < 1 or held_out < 0:
         raise UserError(f"{windows} windows of {window} tokens and {held_out} held out cannot be trained on; ask for more")

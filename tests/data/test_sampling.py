@@ -144,3 +144,19 @@ def test_training_on_sampled_text(tmp_path: Path) -> None:
     assert {tuple(row) for row in data.train.tolist()} == {tuple(row) for row in sampled[2:].tolist()}
     assert (data.source, data.epochs, data.dropped) == ("sampled from the model", 1.0, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["samples"]
+
+
+def test_no_more_is_sampled_than_anybody_has_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fptquant.data.training.SAMPLED_WINDOWS", 4)
+    options: dict[str, Any] = {"windows": 9, "window": 12, "held_out": 2, "seed": 0, "model": model_of_bytes()}
+    data = training_windows(TOKENIZER, "model", **options, cache_folder=tmp_path)
+    assert (len(data.train), len({tuple(row) for row in data.train.tolist()}), data.epochs) == (9, 4, 9 / 4)
+    assert (
+        len(
+            {
+                tuple(row)
+                for row in training_windows(TOKENIZER, "model", **options, distinct=7, cache_folder=tmp_path).train.tolist()
+            }
+        )
+        == 7
+    )
