@@ -239,8 +239,8 @@ def _training(config: Config) -> Iterator[Contradiction]:
         there = transforms | ranges | {"residual_rotation": config.norm_gains == "fused"}
         there["weight_range"] = ranges["weight_range"] and config.training.weights == "quantized"
         yield from _trained(config.training, there, why)
-    if config.range_training is not None:
-        yield from _trained(config.range_training, ranges, "the config uses no static range")
+    if config.trained_ranges is not None:
+        yield from _trained(config.trained_ranges, ranges, "the config uses no static range")
 
 
 def _trained(settings: OptimizationConfig, there: Mapping[str, bool], why_nothing: str) -> Iterator[Contradiction]:

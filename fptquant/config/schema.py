@@ -505,9 +505,23 @@ class Config(StrictModel):
         return self.text if stage.text == "auto" else stage.text
 
     @property
+    def trained(self) -> TrainingConfig | None:
+        """End-to-end training, unless nothing is quantized meanwhile: then student and teacher are the same."""
+        training = self.training
+        if training is None or training.weights == "quantized" or self.quantization.quantized_sites:
+            return training
+        return None
+
+    @property
+    def trained_ranges(self) -> RangeTrainingConfig | None:
+        """Range training, unless there is no static range."""
+        kinds = ("weight", "activation", "kv_cache")
+        return self.range_training if any(map(self.quantization.has_static_range, kinds)) else None
+
+    @property
     def attaches(self) -> bool:
         """Whether transforms are trained, and merged only after that."""
-        return self.block_training is not None or self.training is not None
+        return self.block_training is not None or self.trained is not None
 
     @property
     def rounds(self) -> bool:

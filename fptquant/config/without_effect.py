@@ -194,13 +194,19 @@ def _tokens(quantization: QuantizationConfig) -> Iterator[WithoutEffect]:
 
 def _training(config: Config) -> Iterator[WithoutEffect]:
     training = config.training
+    if config.trained_ranges is None:
+        message = "no range is static, so nothing is trained; remove it, or set another label"
+        yield from _changed(config, "", ["range_training"], message, by_label=True)
     for key in TRAINING_STAGES:
         settings: OptimizationConfig | None = getattr(config, key)
         if settings is not None:
             yield from _trained(config, settings)
     if training is None:
         return
-    if config.quantization.weight.bits == 16:
+    if config.trained is None:
+        message = "nothing is quantized meanwhile, so training is left out; remove it, or set training.weights=quantized"
+        yield from _changed(training, "training", ["weights"], message, by_label=True)
+    elif config.quantization.weight.bits == 16:
         message = "weights are in full precision anyway; remove it, or set quantization.weight.bits"
         yield from _changed(training, "training", ["weights"], message, by_label=True)
     elif training.weights == "full_precision" and training.lr.weight_range is not None:

@@ -275,9 +275,9 @@ def calibrate(
             lambda: _Texts(
                 windows,
                 training_data(model, tokenizer, config, config.block_training, progress=bars),
-                training_data(model, tokenizer, config, config.training, progress=bars),
+                training_data(model, tokenizer, config, config.trained, progress=bars),
                 rounding_data(model, tokenizer, config, progress=bars),
-                training_data(model, tokenizer, config, config.range_training, progress=bars),
+                training_data(model, tokenizer, config, config.trained_ranges, progress=bars),
             )
         )
         calibrated = model if in_place else copy.deepcopy(model)

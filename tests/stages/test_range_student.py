@@ -235,7 +235,7 @@ def test_it_is_saved_with_its_ranges(tmp_path: Path) -> None:
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
-    with pytest.raises(fq.UserError, match=r"range_training\.lr: nothing can be trained: the config uses no static range"):
+    with pytest.raises(fq.UserError, match=r"range_training: has no effect: no range is static"):
         fq.load_config("rtn", "quantization=w16a8kv8-dynamic", "range_training={}")
     off = "range_training.lr={weight_range: null, activation_range: null, kv_cache_range: null}"
     with pytest.raises(fq.UserError, match="nothing would be trained; give a learning rate to one of these: weight_range"):
