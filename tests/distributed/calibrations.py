@@ -28,6 +28,10 @@ from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
 BATCH, STEPS, HELD_OUT = 4, 6, 3
 TRAINING = f"training={{steps: {STEPS}, batch: {BATCH}, window: 24, text: topics, held_out_windows: {HELD_OUT}, evaluate_every: 2}}"
 RANGES = TRAINING.replace("training=", "range_training=").replace(f"steps: {STEPS}", "steps: 4")
+BLOCKS = [
+    "training=null", "range_training=null",
+    f"block_training={{steps: 4, batch: {BATCH}, windows: 6, window: 24, text: topics, held_out_windows: {HELD_OUT}}}",
+]  # fmt: skip
 QUANTIZATION = [
     "quantization=w4a4kv4-static",
     "quantization.activation.range={method: lp, candidates: 10}",
@@ -49,6 +53,8 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "two, sharded and replayed": (2, both("shard_weights=true", "activation_checkpointing=true")),
     "one, double": (1, ["dtype=float64"]),
     "two, double": (2, ["dtype=float64", *both("micro_batch=1")]),
+    "blocks, one, in parts": (1, [*BLOCKS, "block_training.micro_batch=2"]),
+    "blocks, two": (2, BLOCKS),
 }
 """Number of processes and settings."""
 
@@ -65,8 +71,7 @@ def calibrate_tiny(folder: Path, rank: int, options: list[str]) -> None:
     found |= {
         "weights": result.model.state_dict(),
         "transforms": result.transforms.state_dict(),
-        "training": result.metrics["training"],
-        "range_training": result.metrics["range_training"],
+        **{stage: result.metrics.get(stage) for stage in ("block_training", "training", "range_training")},
         "local": result.metrics["local"],
         "plain": plain == (type(view.decoder), type(view.layers[0])),
         "hooks": sum(len(module._state_dict_pre_hooks) + len(module._forward_pre_hooks) for module in view.layers.modules()),

@@ -63,6 +63,13 @@ def test_two_processes_give_the_bits_of_one_that_takes_its_batch_in_as_many_part
     )
 
 
+def test_two_processes_train_blocks_with_the_bits_of_one(results: Results) -> None:
+    expected = results["blocks, one, in parts"][0]
+    assert expected["block_training"]["unchanged_blocks"] < 3, "nothing of what was trained would be compared"
+    for result in results["blocks, two"]:
+        assert_same_bits(result, expected)
+
+
 def test_two_processes_agree_with_one_up_to_rounding(folder: Path, results: Results) -> None:
     """Products of whole and of divided batches differ in last bits. In float32 such a bit turns a rounding to the grid here and
     there (6e-3 of a loss, measured), in float64 none, and what is left comes from the float32 parameters: 2^-24 of each, times
