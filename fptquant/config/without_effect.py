@@ -205,7 +205,7 @@ def _training(config: Config) -> Iterator[WithoutEffect]:
         return
     if config.trained is None:
         message = "nothing is quantized meanwhile, so training is left out; remove it, or set training.weights=quantized"
-        yield from _changed(training, "training", ["weights"], message, by_label=True)
+        yield from _changed(training, "training", type(training).model_fields, message, by_label=True)
     elif config.quantization.weight.bits == 16:
         message = "weights are in full precision anyway; remove it, or set quantization.weight.bits"
         yield from _changed(training, "training", ["weights"], message, by_label=True)

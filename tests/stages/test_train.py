@@ -79,12 +79,14 @@ def test_a_rate_for_ranges_that_are_not_trained_is_refused() -> None:
 def test_nothing_is_trained_while_nothing_is_quantized() -> None:
     """With weights in full precision and 16 bits for the rest, student and teacher are one."""
     rounding = "rounding={method: gptq, text: topics, windows: 2, window: 32}"
-    plain = ["quantization=w4a16", rounding, "training.lr={activation_range: null, kv_cache_range: null}"]
+    plain = ["quantization=w4a16", rounding]
     model = tiny_model("LlamaForCausalLM", vocab_size=VOCABULARY)
-    kept = [override for override in SHORT if not override.startswith("quantization")]
+    kept = [override for override in SHORT if not override.startswith(("quantization", "training"))]
     file = fq.load_config("spinquant-gptq", *kept, "quantization=w4a16", rounding)
     result = fq.calibrate(model, tiny_tokenizer(), file, progress=quiet)
     assert "training" not in result.metrics
     assert all(linear.merging is None for linear in result.model.modules() if isinstance(linear, QuantizedLinear))
     with pytest.raises(UserError, match=r"training\.weights: has no effect: nothing is quantized meanwhile"):
         fq.load_config("spinquant", *plain, "training.weights=full_precision")
+    with pytest.raises(UserError, match=r"training\.steps: has no effect: nothing is quantized meanwhile"):
+        fq.load_config("fptquant-gptq", "quantization=w4a16", "training.steps=3")
