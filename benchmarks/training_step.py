@@ -47,8 +47,8 @@ from fptquant.stages import student as student_module
 from fptquant.stages.fuse_norms import fuse_norms_
 from fptquant.stages.merge_transforms import model_sizes
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
-from fptquant.stages.student import Student, attach_transforms_
 from fptquant.stages.untie import untie_
+from fptquant.training.student import Student, attach_transforms_
 from fptquant.transforms import TransformOptions, build_transforms
 
 ARMS = ("plain", "fptquant", "eager", "torch.compile")

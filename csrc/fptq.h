@@ -159,6 +159,51 @@ struct fptq_hadamard {
 };
 FPTQ_EXPORT fptq_status fptq_hadamard(const struct fptq_hadamard *args);
 
+/* ---- kronecker: y = (left (x) right) x, then fake-quantized where a scale is given ------------------------------- */
+
+struct fptq_kronecker_forward {
+    void *y;                /* [blocks, rows, columns] storage: left X right^T of each block X of x */
+    const void *x;          /* [blocks, rows, columns] storage */
+    const void *left;       /* [rows, rows] compute, or NULL for the identity */
+    const void *right;      /* [columns, columns] compute, or NULL for the identity */
+    const void *scale;      /* [1] or [blocks] compute, or NULL: not quantized */
+    const void *zero_point; /* like scale, or NULL for 0 */
+    int64_t blocks, rows, columns, scales;
+    fptq_grid grid;
+    int32_t dtype;
+    bool *out_of_memory; /* set by the operator: becomes true where scratch memory was missing */
+};
+FPTQ_EXPORT fptq_status fptq_kronecker_forward(const struct fptq_kronecker_forward *args);
+
+struct fptq_kronecker_backward {
+    void *dx;                              /* [blocks, rows, columns] storage, or NULL when not wanted */
+    void *dleft;                           /* [rows, rows] compute, or NULL when not wanted */
+    void *dright;                          /* [columns, columns] compute, or NULL when not wanted */
+    void *dscale;                          /* like scale */
+    void *dzero_point;                     /* like zero_point, or NULL when not wanted */
+    const void *dy;                        /* [blocks, rows, columns] storage */
+    struct fptq_kronecker_forward forward; /* the arguments of the forward call; y is not used */
+    int64_t blocks_per_unit;               /* set by the operator */
+    double *partials;                      /* set by the operator: [units, rows^2 + columns^2] sums of dleft and dright */
+    double *scale_partials;                /* set by the operator: [blocks, 2] sums of dscale and dzero_point */
+};
+FPTQ_EXPORT fptq_status fptq_kronecker_backward(const struct fptq_kronecker_backward *args);
+
+/* ---- rotate_blocks: channels permuted, then each block of them multiplied by a matrix of its own ------------------- */
+
+struct fptq_rotate_blocks {
+    void *y;                    /* [rows, blocks * size] storage */
+    const void *x;              /* [rows, blocks * size] storage */
+    const void *matrices;       /* [blocks, size, size] compute */
+    const int64_t *permutation; /* [blocks * size]: which channel of x comes to each place, or NULL: all stay */
+    int64_t rows, blocks, size;
+    bool transpose; /* the transposed matrices first, then every channel back to where it came from */
+    int32_t dtype;
+    int64_t rows_per_unit; /* set by the operator */
+    bool *out_of_memory;   /* set by the operator: becomes true where scratch memory was missing */
+};
+FPTQ_EXPORT fptq_status fptq_rotate_blocks(const struct fptq_rotate_blocks *args);
+
 /* ---- merge_query_key: RoPE pairs of rows rotated and scaled, then fake-quantized where a scale is given ---------- */
 
 struct fptq_merge_query_key_forward {

@@ -110,7 +110,7 @@ def test_a_table_goes_on_with_the_method_that_was_under_way(tmp_path: Path, monk
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("fptquant.stages.train_end_to_end.save_checkpoint", stop)
+        patched.setattr("fptquant.training.train_end_to_end.save_checkpoint", stop)
         assert CliRunner().invoke(app, arguments).exit_code == 130
     cells = tmp_path / "out" / "cells" / "model"
     assert {path.parent.name for path in cells.rglob(CHECKPOINT)} == {"rtn-w8a8-static.partial"}

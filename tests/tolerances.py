@@ -18,6 +18,9 @@ under it. In units u = half a unit in the last place, of the dtype of storage an
   larger probability is rounded to v u of the row's spread v; a term counts e^-v, and v e^-v < 0.4. All terms are positive.
 - a divergence's gradient: the same for slopes, which are compared with the greatest entry of their token. 32 u: slopes of
   both signs. Rounding to storage: 1 u.
+- a rotation of blocks, or a Kronecker product: sums of C, then of R products (R + C <= 73 in the tests, one sum of at most 128 in a
+  rotation, of half the size), in the dtype of computation: 75 u times sum |left right x|, which is at most 20 max |y| there:
+  1,500 u; its gradients are sums of the same kind. Rounding: 2 u.
 - values through an fp64 sum and one division: 2 u of computation, 2 u of storage.
 """
 
@@ -30,6 +33,8 @@ DTYPES = tuple(UNIT)
 
 _UNITS = {  # operator: (units of storage, units of computation)
     "hadamard": (0, 1),
+    "kronecker": (2, 1500),
+    "rotate_blocks": (2, 1500),
     "merge_query_key": (2, 8),
     "merge_query_key_backward": (2, 8),
     "merge_query_key_parameters": (0, 122),

@@ -15,6 +15,9 @@
     X(range_errors)             \
     X(range_histogram)          \
     X(hadamard)                 \
+    X(kronecker_forward)        \
+    X(kronecker_backward)       \
+    X(rotate_blocks)            \
     X(merge_query_key_forward)  \
     X(merge_query_key_backward) \
     X(query_key_moments)        \

@@ -135,6 +135,11 @@ void *data_of(tensor_handle tensor);
     X(range_histogram)                     \
     X(range_qparams)                       \
     X(hadamard)                            \
+    X(kronecker)                           \
+    X(kronecker_backward)                  \
+    X(kronecker_fake_quant)                \
+    X(kronecker_fake_quant_backward)       \
+    X(rotate_blocks)                       \
     X(merge_query_key)                     \
     X(merge_query_key_backward)            \
     X(merge_query_key_fake_quant)          \

@@ -9,6 +9,7 @@ from fptquant.config.schema import (
     CACHE_SITES,
     HEAD_SITES,
     SITE_SETS,
+    TRAINED_TRANSFORMS,
     TRAINING_STAGES,
     Config,
     OptimizationConfig,
@@ -28,6 +29,7 @@ def find_contradictions(config: Config) -> list[Contradiction]:
     """All contradictions of a config whose fields are valid one by one."""
     return [
         *_norms_and_residual(config),
+        *_online(config),
         *_optimization(config),
         *_smoothing(config),
         *_weights(config.quantization),
@@ -57,12 +59,46 @@ def _norms_and_residual(config: Config) -> Iterator[Contradiction]:
         )
 
 
+def _online(config: Config) -> Iterator[Contradiction]:
+    if config.transforms.query_key_mixing is not None and config.transforms.query_key_hadamard is not None:
+        yield Contradiction(
+            ("transforms.query_key_mixing", "transforms.query_key_hadamard"),
+            "both would transform queries and keys online, one after the other; leave one out",
+        )
+    used = set(config.transforms.used)
+    everywhere = sorted({"kronecker", "block_rotation"} & used)
+    if len(everywhere) == 2:
+        yield Contradiction(
+            ("transforms.kronecker", "transforms.block_rotation"),
+            "both would transform the inputs of all linears online, one after the other; leave one out",
+        )
+    for name, site in (("down_hadamard", "down_in"), ("out_hadamard", "o_in")):
+        if everywhere and name in used:
+            yield Contradiction(
+                (f"transforms.{everywhere[0]}", f"transforms.{name}"),
+                f"both would transform {site} online, one after the other; leave out transforms.{name}",
+            )
+
+
 def _optimization(config: Config) -> Iterator[Contradiction]:
     local, transforms = config.local, config.transforms
     if local.method == "closed_form" and local.p != 4:
         yield Contradiction(
             ("local.p", "local.method"),
             f"closed forms exist for p = 4, not for p = {local.p:g}; set local.p=4 or local.method=adamw",
+        )
+    pairs, mixing = transforms.query_key_rotation, transforms.value_mixing
+    constrained = {"query_key_rotation": pairs is not None and pairs.constraint == "scale"}
+    constrained["value_mixing"] = mixing is not None and mixing.constraint == "diagonal"
+    for name in (name for name, there in constrained.items() if there and local.method != "none"):
+        yield Contradiction(
+            (f"transforms.{name}.constraint", "local.method"),
+            f"local.method = {local.method} finds transforms without it; set local.method=none or remove the constraint",
+        )
+    if mixing is not None and mixing.constraint == "diagonal" and mixing.start != "identity":
+        yield Contradiction(
+            ("transforms.value_mixing.start", "transforms.value_mixing.constraint"),
+            f"{mixing.start} is no diagonal matrix; set transforms.value_mixing.start=identity",
         )
     rotation = transforms.residual_rotation
     if rotation is not None and rotation.learn and local.method == "none":
@@ -93,7 +129,7 @@ def _smoothing(config: Config) -> Iterator[Contradiction]:
             ("smoothing", "transforms"),
             "there is nothing that it could set; use transforms.norm_scaling, transforms.up_scaling or transforms.value_mixing",
         )
-    online = [name for name in ("down_hadamard", "out_hadamard") if getattr(transforms, name) is not None]
+    online = [name for name in ("down_hadamard", "out_hadamard", "kronecker", "block_rotation") if name in transforms.used]
     if config.smoothing.method == "awq" and online:
         yield Contradiction(
             ("smoothing.method", f"transforms.{online[0]}"),
@@ -227,20 +263,19 @@ def _rounding(config: Config) -> Iterator[Contradiction]:
 
 
 def _training(config: Config) -> Iterator[Contradiction]:
-    """A learning rate without its transform or static range is a default that does not apply; none at all is a mistake."""
+    """A learning rate without its transform or range is a default that does not apply; none at all is a mistake."""
     quantization = config.quantization
-    ranges = {f"{kind}_range": quantization.has_static_range(kind) for kind in ("weight", "activation", "kv_cache")}
-    names = ("query_key_rotation", "value_mixing", "up_scaling")
-    transforms = {name: getattr(config.transforms, name) is not None for name in names}
-    why = "the config uses no transform and no static range"
-    if config.block_training is not None:
-        yield from _trained(config.block_training, transforms | ranges, why)
+    ranges = {f"{kind}_range": quantization.has_range(kind) for kind in ("weight", "activation", "kv_cache")}
+    transforms = {name: getattr(config.transforms, name) is not None for name in TRAINED_TRANSFORMS}
+    why = "the config uses no transform and no range"
+    if config.trained_blocks is not None:
+        yield from _trained(config.trained_blocks, transforms | ranges, why)
     if config.training is not None:
         there = transforms | ranges | {"residual_rotation": config.norm_gains == "fused"}
         there["weight_range"] = ranges["weight_range"] and config.training.weights == "quantized"
         yield from _trained(config.training, there, why)
     if config.trained_ranges is not None:
-        yield from _trained(config.trained_ranges, ranges, "the config uses no static range")
+        yield from _trained(config.trained_ranges, ranges, "the config uses no range")
 
 
 def _trained(settings: OptimizationConfig, there: Mapping[str, bool], why_nothing: str) -> Iterator[Contradiction]:

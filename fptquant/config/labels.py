@@ -111,6 +111,9 @@ def setting_notes(quantization: QuantizationConfig) -> Iterator[str]:
     for what, part, usual in zip(("activations", "cache"), parts, ("per_tensor", "per_head"), strict=True):
         if part.bits < 16 and not part.dynamic and part.granularity != usual:
             yield f"{what} {_shared(part.granularity, part.group_size)}"
+    threshold = quantization.activation.outlier_threshold
+    if threshold is not None and quantization.activation.bits < 16:
+        yield f"channels from {threshold:g} in full precision"
     if quantization.full_precision_tokens:
         yield f"first {_tokens(quantization.full_precision_tokens)} in full precision"
     prefix = quantization.prefix

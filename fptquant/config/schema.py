@@ -122,6 +122,9 @@ class ActivationConfig(StrictModel):
     dynamic: bool = False
     granularity: Literal["per_tensor", "per_group", "per_head", "per_token"] = "per_tensor"
     group_size: int | None = Field(default=None, ge=1, description="neighboring channels that share a range (per_group)")
+    outlier_threshold: float | None = Field(
+        default=None, gt=0, description="channels in which any token of a pass is as large stay in full precision (LLM.int8: 6)"
+    )
     range: RangeConfig = RangeConfig()
 
     @model_validator(mode="before")
@@ -210,13 +213,19 @@ class QuantizationConfig(StrictModel):
                 found.add(site)
         return frozenset(found)
 
-    def has_static_range(self, kind: str) -> bool:
-        """Whether a quantizer of ``weight``, ``activation`` or ``kv_cache`` has a range set beforehand, which can be trained."""
+    def has_range(self, kind: str) -> bool:
+        """Whether there is a quantizer of ``weight``, ``activation`` or ``kv_cache``, whose range can be trained.
+
+        Of a dynamic one that is the share that it clips.
+        """
         if kind == "weight":
             return self.weight.bits < 16
-        sites = {site for site in self.quantized_sites if (site in CACHE_SITES) == (kind == "kv_cache")}
-        part = self.kv_cache if kind == "kv_cache" else self.activation
-        return bool(sites) and not part.dynamic
+        return any((site in CACHE_SITES) == (kind == "kv_cache") for site in self.quantized_sites)
+
+    @property
+    def has_ranges(self) -> bool:
+        """Whether anything is quantized."""
+        return self.weight.bits < 16 or bool(self.quantized_sites)
 
     @property
     def setting(self) -> str:
@@ -234,16 +243,18 @@ def _switch(data: Any) -> Any:
 class QueryKeyRotationConfig(StrictModel):
     """T_k: rotation and scale of every RoPE pair of keys, undone in the queries."""
 
+    constraint: Literal["none", "scale"] = Field(default="none", description="scale: pairs are not rotated")
+
 
 class NormScalingConfig(StrictModel):
-    """T_n: a scale per channel of the norms' outputs, undone in the linears that read them; set by ``smoothing``."""
+    """T_n: a scale per channel of the norms' outputs, undone in the linears that read them; set by ``smoothing``, or trained."""
 
 
 class ValueMixingConfig(StrictModel):
     """T_v: a matrix per key/value head on the values, undone in the output projection."""
 
     start: Start = "hadamard"
-    constraint: Literal["none", "orthogonal"] = "none"
+    constraint: Literal["none", "orthogonal", "diagonal"] = "none"
 
 
 class UpScalingConfig(StrictModel):
@@ -269,6 +280,25 @@ class OutHadamardConfig(StrictModel):
     """T_o: an online Hadamard transform across the heads, on the input of the output projection."""
 
 
+class KroneckerConfig(StrictModel):
+    """P_a, P_ug, P_o, P_d: online Kronecker products of two learned matrices on the inputs of all linears."""
+
+    start: Start = Field(default="random_orthogonal", description="of each factor; orthogonal where there is no Hadamard matrix")
+
+
+class BlockRotationConfig(StrictModel):
+    """D_a, D_ug, D_o, D_d: online rotations of blocks of channels, found from the calibration text, a permutation between two."""
+
+    block_size: int = Field(default=128, ge=2, description="largest size of a block, which divides the channels")
+    steps: int = Field(default=256, ge=1, description="turns that are tried for each block; the best number of them is kept")
+
+
+class QueryKeyMixingConfig(StrictModel):
+    """P_h: an online learned matrix on the heads of the keys after RoPE, undone in the queries."""
+
+    start: Start = "random_orthogonal"
+
+
 class QueryKeyHadamardConfig(StrictModel):
     """T_h: an online Hadamard transform of queries and keys after RoPE, for caches of few bits."""
 
@@ -291,6 +321,9 @@ class TransformsConfig(StrictModel):
     residual_scaling: Annotated[ResidualScalingConfig | None, BeforeValidator(_switch)] = None
     out_hadamard: Annotated[OutHadamardConfig | None, BeforeValidator(_switch)] = None
     query_key_hadamard: Annotated[QueryKeyHadamardConfig | None, BeforeValidator(_switch)] = None
+    kronecker: Annotated[KroneckerConfig | None, BeforeValidator(_switch)] = None
+    query_key_mixing: Annotated[QueryKeyMixingConfig | None, BeforeValidator(_switch)] = None
+    block_rotation: Annotated[BlockRotationConfig | None, BeforeValidator(_switch)] = None
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -320,7 +353,10 @@ class LocalConfig(StrictModel):
 
 
 class RangeLearningRates(StrictModel):
-    """Peak learning rate of each group of ranges, which are trained as logarithms; null means not trained."""
+    """Peak learning rate of each group of ranges, which are trained as logarithms; null means not trained.
+
+    Of dynamic ranges the share that they clip is trained.
+    """
 
     weight_range: float | None = Field(default=0.002, gt=0)
     activation_range: float | None = Field(default=0.002, gt=0)
@@ -333,7 +369,14 @@ class LearningRates(RangeLearningRates):
     query_key_rotation: float | None = Field(default=0.002, gt=0)
     value_mixing: float | None = Field(default=0.002, gt=0)
     up_scaling: float | None = Field(default=0.002, gt=0)
+    kronecker: float | None = Field(default=0.002, gt=0)
+    query_key_mixing: float | None = Field(default=0.002, gt=0)
+    norm_scaling: float | None = Field(default=0.002, gt=0)
     residual_rotation: float | None = Field(default=None, gt=0)
+
+
+TRAINED_TRANSFORMS = tuple(sorted(LearningRates.model_fields.keys() & TransformsConfig.model_fields.keys() - {"residual_rotation"}))
+"""Transforms of a block that can be trained, by their names in ``transforms`` and in ``lr``."""
 
 
 class OptimizationConfig(StrictModel):
@@ -513,15 +556,19 @@ class Config(StrictModel):
         return None
 
     @property
+    def trained_blocks(self) -> BlockTrainingConfig | None:
+        """Block training, unless nothing is quantized."""
+        return self.block_training if self.quantization.has_ranges else None
+
+    @property
     def trained_ranges(self) -> RangeTrainingConfig | None:
-        """Range training, unless there is no static range."""
-        kinds = ("weight", "activation", "kv_cache")
-        return self.range_training if any(map(self.quantization.has_static_range, kinds)) else None
+        """Range training, unless nothing is quantized."""
+        return self.range_training if self.quantization.has_ranges else None
 
     @property
     def attaches(self) -> bool:
         """Whether transforms are trained, and merged only after that."""
-        return self.block_training is not None or self.trained is not None
+        return self.trained_blocks is not None or self.trained is not None
 
     @property
     def rounds(self) -> bool:

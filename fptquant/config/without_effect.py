@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from fptquant.config.schema import (
     CACHE_SITES,
+    TRAINED_TRANSFORMS,
     TRAINING_STAGES,
     BlockTrainingConfig,
     Config,
@@ -104,8 +105,9 @@ def _local(config: Config) -> Iterator[WithoutEffect]:
 
 
 def _norm_scaling(config: Config) -> Iterator[WithoutEffect]:
-    if config.smoothing is None:
-        message = "nothing sets T_n, which does nothing at its start; set smoothing={} or remove it"
+    stages = [stage for stage in (config.trained_blocks, config.trained) if stage is not None]
+    if config.smoothing is None and all(stage.lr.norm_scaling is None for stage in stages):
+        message = "nothing sets or trains T_n, which does nothing at its start; set smoothing={} or remove it"
         yield from _changed(config.transforms, "transforms", ["norm_scaling"], message, by_label=False)
 
 
@@ -124,7 +126,7 @@ def _smoothing(config: Config) -> Iterator[WithoutEffect]:
 def _query_key_hadamard(config: Config) -> Iterator[WithoutEffect]:
     if not config.quantization.quantized_sites & {"k_cache", "q"}:
         message = "neither keys nor queries are quantized; set quantization.kv_cache.bits or remove it"
-        yield from _changed(config.transforms, "transforms", ["query_key_hadamard"], message, by_label=True)
+        yield from _changed(config.transforms, "transforms", ["query_key_hadamard", "query_key_mixing"], message, by_label=True)
 
 
 def _rotation(config: Config) -> Iterator[WithoutEffect]:
@@ -164,7 +166,8 @@ def _part(quantization: QuantizationConfig, part: str) -> Iterator[WithoutEffect
     sites = {site for site in quantization.quantized_sites if (site in CACHE_SITES) == (part == "kv_cache")}
     if not sites:
         message = f"nothing of {part} is quantized; set {path}.bits or remove it"
-        yield from _changed(settings, path, ("symmetric", "dynamic", "group_size"), message, by_label=True)
+        names = {"symmetric", "dynamic", "group_size", "outlier_threshold"} & type(settings).model_fields.keys()
+        yield from _changed(settings, path, sorted(names), message, by_label=True)
         yield from _changed(settings.range, f"{path}.range", RangeConfig.model_fields, message, by_label=True)
         return
     yield from _range(settings.range, f"{path}.range", dynamic=settings.dynamic)
@@ -194,9 +197,9 @@ def _tokens(quantization: QuantizationConfig) -> Iterator[WithoutEffect]:
 
 def _training(config: Config) -> Iterator[WithoutEffect]:
     training = config.training
-    if config.trained_ranges is None:
-        message = "no range is static, so nothing is trained; remove it, or set another label"
-        yield from _changed(config, "", ["range_training"], message, by_label=True)
+    if not config.quantization.has_ranges:
+        message = "nothing is quantized, so nothing is trained; remove it, or set another label"
+        yield from _changed(config, "", ["block_training", "range_training"], message, by_label=True)
     for key in TRAINING_STAGES:
         settings: OptimizationConfig | None = getattr(config, key)
         if settings is not None:
@@ -219,10 +222,10 @@ def _trained(config: Config, settings: OptimizationConfig) -> Iterator[WithoutEf
         message = f"the objective {settings.objective} has no temperature; remove it"
         yield from _changed(settings, settings.key, ["temperature"], message, by_label=False)
     for name, kind in (("weight_range", "weight"), ("activation_range", "activation"), ("kv_cache_range", "kv_cache")):
-        if not config.quantization.has_static_range(kind) and getattr(settings.lr, name) is not None:
-            message = f"quantization.{kind} has no static range; remove it, or set another label"
+        if not config.quantization.has_range(kind) and getattr(settings.lr, name) is not None:
+            message = f"quantization.{kind} has no range; remove it, or set another label"
             yield from _changed(settings.lr, f"{settings.key}.lr", [name], message, by_label=True)
-    for name in ("query_key_rotation", "value_mixing", "up_scaling"):
+    for name in TRAINED_TRANSFORMS:
         if getattr(config.transforms, name) is None and getattr(settings.lr, name, None) is not None:
             message = f"transforms.{name} is not used; set transforms.{name}={{}} or remove it"
             yield from _changed(settings.lr, f"{settings.key}.lr", [name], message, by_label=False)

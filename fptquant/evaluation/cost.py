@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from fptquant.config.schema import CACHE_SITES, Config
 from fptquant.models.adapter import view_model
 from fptquant.ops.hadamard import hadamard_additions
+from fptquant.transforms.block_rotation import largest_divisor
+from fptquant.transforms.kronecker import balanced
 from fptquant.transforms.out_hadamard import mixed_size
 
 if TYPE_CHECKING:
@@ -41,8 +43,9 @@ def runtime_cost(model: PreTrainedModel, config: Config) -> RuntimeCost:
     """Counts what a config leaves to do at run time on a model of this size; transforms that merge cost nothing.
 
     T_d: a Hadamard transform of the down projection's input; T_o: one across the heads of the output projection's; T_h: one of
-    every head of queries and keys; S_n: 1 / running_scale times the branch; a prefix: products of queries with its keys, and of
-    weights with its values.
+    every head of queries and keys; P_h: a matrix on each of these; P: Kronecker products on the inputs of linears; D: rotations
+    of blocks of them; S_n:
+    1 / running_scale times the branch; a prefix: products of queries with its keys, and of weights with its values.
     Dynamic ranges are named, not counted: each asks for the extremes of a token, whose cost is waiting rather than arithmetic.
 
     Args:
@@ -59,6 +62,13 @@ def runtime_cost(model: PreTrainedModel, config: Config) -> RuntimeCost:
         added["T_o"] = heads * hadamard_additions(mixed_size(view.num_heads, view.head_dim))
     if transforms.query_key_hadamard is not None:
         added["T_h"] = (heads + keys) * hadamard_additions(view.head_dim)
+    if transforms.query_key_mixing is not None:
+        added["P_h"] = (heads + keys) * view.head_dim
+    if transforms.kronecker is not None:
+        added["P"] = sum(size * sum(balanced(size)) for size in (hidden, hidden, view.intermediate_size)) + heads * view.num_heads
+    if transforms.block_rotation is not None:
+        inputs = (hidden, hidden, heads, view.intermediate_size)
+        added["D"] = sum(2 * size * largest_divisor(size, transforms.block_rotation.block_size) for size in inputs)
     if transforms.residual_scaling is not None:
         branches = heads + view.intermediate_size if transforms.residual_scaling.where == "input" else 2 * hidden
         added["S_n"] = branches

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fptquant.models.adapter import view_model
 from fptquant.models.hooks import hooked
-from fptquant.models.instrument import kept_modes, set_modes
+from fptquant.models.instrument import quantizers_off
 from fptquant.stages.progress import Progress, quiet
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ def look_at_windows(
     Shape:
         windows: [windows, window], int64
     """
-    with kept_modes(model):
-        set_modes(model, "off")
+    with quantizers_off(model):
         for index, tokens in enumerate(windows):
             progress(index, len(windows), what)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fptquant.evaluation.evaluate import Evaluation, evaluate_windows
 from fptquant.evaluation.sqnr import in_order
 from fptquant.evaluation.teacher import TeacherCache
-from fptquant.models.instrument import iter_quantizers, kept_modes, set_modes
+from fptquant.models.instrument import iter_quantizers, quantizers_off
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.quantizers.sites import Kind, layer_and_site
 from fptquant.stages.progress import Progress, quiet, tell
@@ -90,8 +90,7 @@ def scan_sensitivity(
 
 def _evaluate_with(model: PreTrainedModel, quantizers: Sequence[Quantizer], windows: Tensor, reference: TeacherCache) -> Evaluation:
     """Evaluates the model with these quantizers on, all others off."""
-    with kept_modes(model):
-        set_modes(model, "off")
+    with quantizers_off(model):
         for quantizer in quantizers:
             quantizer.mode = "on"
         return evaluate_windows(model, windows, text_name=reference.text_name, reference=reference)

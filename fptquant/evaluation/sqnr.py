@@ -13,8 +13,7 @@ from fptquant.evaluation.metrics import decibels, sqnr_db
 from fptquant.evaluation.places import run_window
 from fptquant.models.adapter import LINEAR_NAMES
 from fptquant.models.hooks import hooked
-from fptquant.models.instrument import iter_quantizers, kept_modes, set_modes
-from fptquant.models.quantized_linear import QuantizedLinear
+from fptquant.models.instrument import iter_quantizers, kept_modes, quantized_linears, set_modes
 from fptquant.quantizers.quantizer import Quantizer, drop_kept
 from fptquant.quantizers.sites import BLOCK_POINTS, layer_and_site
 from fptquant.stages.progress import Progress, quiet
@@ -65,10 +64,9 @@ def quantizer_sqnr(model: PreTrainedModel, windows: Tensor, *, progress: Progres
             progress(index, len(windows), "SQNR of every site")
             run_window(model, tokens)
         found = {name: decibels(both.signal, both.noise) for name, both in sums.items()}
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear) and module.weight_quantizer is not None:
-                weight = module.merged_weight()
-                found[module.weight_quantizer.name] = sqnr_db(weight, module.weight_quantizer(weight))
+        for linear, quantizer in quantized_linears(model):
+            weight = linear.merged_weight()
+            found[quantizer.name] = sqnr_db(weight, quantizer(weight))
     progress(len(windows), len(windows), "SQNR of every site")
     return found
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from fptquant.errors import UserError
+from fptquant.transforms.order import ModelSizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -275,3 +276,17 @@ def view_model(model: PreTrainedModel) -> ModelView:
         UserError: if the architecture has no adapter.
     """
     return get_adapter(model).view(model)
+
+
+def model_sizes(view: ModelView) -> ModelSizes:
+    """The sizes that `fptquant.transforms.build_transforms` asks for."""
+    return ModelSizes(
+        num_layers=view.num_layers,
+        hidden_size=view.hidden_size,
+        intermediate_size=view.intermediate_size,
+        num_heads=view.num_heads,
+        num_kv_heads=view.num_kv_heads,
+        head_dim=view.head_dim,
+        norm_eps=view.norm_eps,
+        has_qk_norm=view.adapter.has_qk_norm,
+    )

@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fptquant.models.context import ForwardContext
+from fptquant.models.heads import transform_queries
 from fptquant.models.prefix import prefix_keys_values, put_prefix_first
 from fptquant.quantizers.quantizer import Quantizer
 
@@ -28,8 +29,8 @@ def quantized_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention with transformed (T_h) and quantized queries, quantized probabilities, and a prefix before the
-    keys and values.
+    """Scaled dot-product attention with transformed (T_h, P_h) and quantized queries, quantized probabilities, and a prefix before
+    the keys and values.
 
     Without a quantizer of the softmax output this is the library's own ``sdpa``. No quantizer sees the prefix: the
     probabilities of its columns stay in full precision, as its keys and values do.
@@ -40,7 +41,7 @@ def quantized_attention(
     """
     context = module.context
     assert isinstance(context, ForwardContext)
-    query = context.transform_head(query)
+    query = transform_queries(module, query)
     if isinstance(module.query_quantizer, Quantizer):
         query = module.query_quantizer(query, context.kept_heads(query, module.query_quantizer.full_precision_tokens))
     prefix = prefix_keys_values(module)

@@ -1,4 +1,4 @@
-"""Keys and values are transformed (T_h) and quantized on their way into the cache, so that what is stored was rounded once."""
+"""Keys and values are transformed (T_h, P_h) and quantized on their way into the cache, so that what is stored was rounded once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fptquant.models.context import ForwardContext
+from fptquant.models.heads import transform_keys
 from fptquant.quantizers.quantizer import Quantizer
 
 
@@ -18,36 +19,29 @@ class QuantizingCache:
     and the cache that the caller holds is the one that is filled.
     """
 
-    def __init__(
-        self, cache: Any, key_quantizer: Quantizer | None, value_quantizer: Quantizer | None, context: ForwardContext
-    ) -> None:
+    def __init__(self, cache: Any, attention: nn.Module) -> None:
         self.cache = cache
-        self.key_quantizer = key_quantizer
-        self.value_quantizer = value_quantizer
-        self.context = context
+        self.attention = attention
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Transforms, quantizes, stores and returns the keys and values to attend to.
 
         Shape: keys (after RoPE) and values of this pass [B, kv_heads, T, head_dim].
         """
-        keys = self.context.transform_head(keys)
-        if self.key_quantizer is not None:
-            keys = self.key_quantizer(keys, self.context.kept_heads(keys, self.key_quantizer.full_precision_tokens))
-        if self.value_quantizer is not None:
-            values = self.value_quantizer(values, self.context.kept_heads(values, self.value_quantizer.full_precision_tokens))
+        keys = transform_keys(self.attention, keys)
+        keys, values = self._quantize("key", keys), self._quantize("value", values)
         if self.cache is None:
             return keys, values
         stored: tuple[Tensor, Tensor] = self.cache.update(keys, values, layer_idx, *args, **kwargs)
         return stored
 
+    def _quantize(self, which: str, x: Tensor) -> Tensor:
+        quantizer, context = getattr(self.attention, f"{which}_quantizer"), self.attention.context
+        assert isinstance(quantizer, Quantizer | None)
+        assert isinstance(context, ForwardContext)
+        return x if quantizer is None else quantizer(x, context.kept_heads(x, quantizer.full_precision_tokens))
+
 
 def quantize_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
     """Forward pre-hook of attention: puts a `QuantizingCache` before the cache. A plain function: survives deepcopy."""
-    context = module.context
-    assert isinstance(context, ForwardContext)
-    key_quantizer, value_quantizer = module.key_quantizer, module.value_quantizer
-    assert isinstance(key_quantizer, Quantizer | None)
-    assert isinstance(value_quantizer, Quantizer | None)
-    cache = QuantizingCache(kwargs.get("past_key_values"), key_quantizer, value_quantizer, context)
-    return args, {**kwargs, "past_key_values": cache}
+    return args, {**kwargs, "past_key_values": QuantizingCache(kwargs.get("past_key_values"), module)}

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fptquant import ops
 from fptquant.errors import UserError
 
 
@@ -28,10 +27,8 @@ class ForwardContext:
         """Whether decoder layers were replaced, so that the library does not find them to record hidden states."""
         self.attention: str | None = None
         """The attention function without which the model computes something else; None for any."""
-        self.query_key_hadamard = False
-        """Whether queries and keys are transformed after RoPE (T_h)."""
         self.full_precision = False
-        """Whether linears leave out transforms that are not merged yet, and attention T_h: then the model computes what its
+        """Whether linears leave out transforms that are not merged yet, and attention T_h and P_h: then the model computes what its
         teacher does."""
         self.index: Tensor | None = None
         self.running_scale: Tensor | None = None
@@ -46,7 +43,6 @@ class ForwardContext:
         copied = ForwardContext()
         copied.own_layers = self.own_layers
         copied.attention = self.attention
-        copied.query_key_hadamard = self.query_key_hadamard
         memo[id(self)] = copied
         return copied
 
@@ -76,10 +72,6 @@ class ForwardContext:
     def inverse_scale(self, x: Tensor) -> Tensor | None:
         """1 / sigma [B, T, 1] to multiply ``x`` by, or None outside of S_n."""
         return None if self.running_scale is None else self.running_scale.to(x.device).reciprocal()
-
-    def transform_head(self, x: Tensor) -> Tensor:
-        """T_h of queries or keys [..., head_dim] after RoPE, if it is in use."""
-        return ops.hadamard(x) if self.query_key_hadamard and not self.full_precision else x
 
     @contextmanager
     def teacher(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from fptquant.models.attention import ATTENTION_NAME
 from fptquant.models.cache import quantize_cache
 from fptquant.models.context import ForwardContext, begin_pass, end_pass
 from fptquant.models.decoder_layer import DecoderLayer, ScaledRMSNorm
+from fptquant.models.linear_input import transform_and_quantize
 from fptquant.models.prefix import Prefix, check_prefix_model
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.quantizers.grid import PerGroup
@@ -30,7 +31,15 @@ from fptquant.quantizers.sites import (
     point_specs,
     weight_spec,
 )
-from fptquant.transforms import DownHadamard, OutHadamard, TransformOptions
+from fptquant.transforms import (
+    BlockTransforms,
+    DownHadamard,
+    ModelTransforms,
+    OutHadamard,
+    QueryKeyHadamard,
+    Transform,
+    TransformOptions,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +67,7 @@ def instrument(
     down_hadamard_block: int | None = None,
     out_hadamard: bool = False,
     query_key_hadamard: bool = False,
+    transforms: ModelTransforms | None = None,
 ) -> dict[str, Quantizer]:
     """Prepares a model for simulated quantization; returns its new quantizers by name, all in mode ``off``.
 
@@ -73,6 +83,8 @@ def instrument(
         down_hadamard_block: block size of that transform; None for the whole ``intermediate_size``.
         out_hadamard: mix the heads of the input of ``o_proj`` online (its weight must hold the inverse already).
         query_key_hadamard: transform queries and keys after RoPE.
+        transforms: whose Kronecker products and rotations of blocks act on the inputs of linears (the weights must hold the inverse
+            already), and P_h on queries and keys.
 
     Errors: UserError for an unsupported architecture, a model that was prepared before, an impossible block or group
         size, an unknown site; nothing has been changed then.
@@ -83,23 +95,27 @@ def instrument(
     across = OutHadamard(view.num_heads, view.head_dim) if out_hadamard else None
     specs, weight = point_specs(quantization, view.head_dim), weight_spec(quantization)
     context = ForwardContext()
-    context.query_key_hadamard = query_key_hadamard
+    of_heads = (QueryKeyHadamard(view.head_dim),) if query_key_hadamard else ()
     if residual_scaling is not None:  # first: hooks of quantizers belong on the norms that stay
         _scale_norms(view, context)
     for block in view.blocks:
         _instrument_linears(block, specs, weight, context)
+        used = BlockTransforms() if transforms is None else transforms.block(block.index)
+        block.attention.online = (*of_heads, *_there(used.query_key_mixing))  # type: ignore[assignment]
         _instrument_attention(block, specs, context, prefix=quantization.prefix is not None)
-        _instrument_outputs(block, specs, context)
+        _transform_inputs(block, used)
+        _instrument_outputs(block, specs, used, context)
         o_proj, down_proj = block.o_proj, block.down_proj
         assert isinstance(o_proj, QuantizedLinear)
         assert isinstance(down_proj, QuantizedLinear)
         o_proj.scaled = down_proj.scaled = residual_scaling
-        o_proj.online, down_proj.online = across, mixing
+        o_proj.online += _there(across)
+        down_proj.online += _there(mixing)
     if residual_scaling is not None or RESIDUAL_POINTS & specs.keys():
         _replace_layers(view, specs, context)
     for name, part in (("embedding_out", view.embedding), ("final_norm_out", view.final_norm)):
-        _quantize_output(part, specs, name, "", context)
-    if {"q", "softmax_out"} & specs.keys() or quantization.prefix is not None or query_key_hadamard:
+        _change_output(part, _build(specs, name, ""), context)
+    if {"q", "softmax_out"} & specs.keys() or quantization.prefix is not None or view.blocks[0].attention.online:
         model.set_attn_implementation(ATTENTION_NAME)
         context.attention = ATTENTION_NAME
     decoder = view.decoder
@@ -109,8 +125,12 @@ def instrument(
     return dict(iter_quantizers(model))
 
 
-def instrument_for(model: PreTrainedModel, config: Config) -> None:
-    """Puts a config's quantizers, online Hadamard transform and S_n into a model whose transforms are merged."""
+def instrument_for(model: PreTrainedModel, config: Config, transforms: ModelTransforms) -> None:
+    """Puts a config's quantizers, online transforms and S_n into a model whose transforms are merged.
+
+    Args:
+        transforms: those of the config; Kronecker products and the like act as they are at each pass.
+    """
     options = TransformOptions.of(config.transforms)
     instrument(
         model,
@@ -120,6 +140,7 @@ def instrument_for(model: PreTrainedModel, config: Config) -> None:
         down_hadamard_block=options.down_hadamard_block,
         out_hadamard=options.out_hadamard,
         query_key_hadamard=options.query_key_hadamard,
+        transforms=transforms,
     )
 
 
@@ -194,29 +215,64 @@ def _instrument_attention(block: BlockView, specs: dict[str, QuantizerSpec], con
     attention.prefix = Prefix() if prefix else None  # type: ignore[assignment]
     for point, attribute in ATTENTION_ATTRIBUTE.items():
         setattr(attention, attribute, _build(specs, point, _prefix(block)))
-    if CACHE_POINTS & specs.keys() or context.query_key_hadamard:
+    if CACHE_POINTS & specs.keys() or attention.online:
         attention.register_forward_pre_hook(quantize_cache, with_kwargs=True)
 
 
-def _quantize_output(module: nn.Module, specs: dict[str, QuantizerSpec], point: str, prefix: str, context: ForwardContext) -> None:
-    quantizer = _build(specs, point, prefix)
-    if quantizer is not None:
-        module.context = context  # type: ignore[assignment]
-        module.output_quantizer = quantizer
-        module.register_forward_hook(_quantize_output_hook)
+def _change_output(
+    module: nn.Module,
+    quantizer: Quantizer | None,
+    context: ForwardContext,
+    online: tuple[Transform, ...] = (),
+    *,
+    always: bool = False,
+) -> None:
+    """Lets a module's output be transformed and quantized; ``attached`` are transforms that are not merged yet (T_n).
+
+    Args:
+        always: though there is nothing to do yet.
+    """
+    if quantizer is None and not online and not always:
+        return
+    module.context = context  # type: ignore[assignment]
+    module.output_quantizer = quantizer  # type: ignore[assignment]
+    module.online, module.attached = online, None  # type: ignore[assignment]
+    module.register_forward_hook(_output_hook)
 
 
-def _quantize_output_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    quantizer, context = module.output_quantizer, module.context
-    assert isinstance(quantizer, Quantizer)
+def _output_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Nothing is transformed where the linears that read it do without transforms in this pass."""
+    online, attached, quantizer, context = module.online, module.attached, module.output_quantizer, module.context
+    assert isinstance(online, tuple)
+    assert isinstance(attached, tuple | None)
+    assert isinstance(quantizer, Quantizer | None)
     assert isinstance(context, ForwardContext)
-    return quantizer(output, context.kept_tokens(output, quantizer.full_precision_tokens))
+    left_out = attached is not None and context.full_precision
+    return transform_and_quantize(output, () if left_out else (*(attached or ()), *online), quantizer, context)
 
 
-def _instrument_outputs(block: BlockView, specs: dict[str, QuantizerSpec], context: ForwardContext) -> None:
-    for name, point in NORM_POINT.items():
-        _quantize_output(block.get(name), specs, point, _prefix(block), context)
-    _quantize_output(block.get("activation"), specs, "silu_out", _prefix(block), context)
+def _transform_inputs(block: BlockView, used: BlockTransforms) -> None:
+    """What acts in front of single linears; what several read is transformed where it is written, on the norms' outputs."""
+    of_linears = {"o_proj": (used.out_kronecker, used.out_rotation), "down_proj": (used.down_kronecker, used.down_rotation)}
+    for name, transforms in of_linears.items():
+        linear = block.linear(name)
+        assert isinstance(linear, QuantizedLinear)
+        linear.online = _there(*transforms)
+
+
+def _there(*transforms: Transform | None) -> tuple[Transform, ...]:
+    return tuple(transform for transform in transforms if transform is not None)
+
+
+def _instrument_outputs(block: BlockView, specs: dict[str, QuantizerSpec], used: BlockTransforms, context: ForwardContext) -> None:
+    of_norms = {
+        "input_norm": (used.attn_in_scaling, used.attn_in_kronecker, used.attn_in_rotation),
+        "post_norm": (used.mlp_in_scaling, used.mlp_in_kronecker, used.mlp_in_rotation),
+    }
+    for name, (scaling, *online) in of_norms.items():
+        quantizer = _build(specs, NORM_POINT[name], _prefix(block))
+        _change_output(block.get(name), quantizer, context, _there(*online), always=scaling is not None)
+    _change_output(block.get("activation"), _build(specs, "silu_out", _prefix(block)), context)
 
 
 def _scale_norms(view: ModelView, context: ForwardContext) -> None:
@@ -247,18 +303,19 @@ def iter_quantizers(model: nn.Module, kind: Kind | None = None) -> Iterator[tupl
 
 
 def range_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Scale and zero point of every static quantizer of a model, or of a part of one, by quantizer name."""
+    """Scale and zero point of every static quantizer of a model, or of a part of one, and trained clips of dynamic ones, by
+    quantizer name.
+    """
     return {
         f"{name}.{part}": value.detach().cpu().contiguous()
         for name, quantizer in iter_quantizers(model)
-        if not quantizer.dynamic
-        for part in ("scale", "zero_point")
+        for part in (("clip",) if quantizer.dynamic else ("scale", "zero_point"))
         if (value := getattr(quantizer, part)) is not None
     }
 
 
 def load_ranges_(model: PreTrainedModel, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Gives every static quantizer of a model what `range_tensors` gave of it.
+    """Gives every quantizer of a model what `range_tensors` gave of it.
 
     Args:
         source: the file that errors name.
@@ -269,6 +326,8 @@ def load_ranges_(model: PreTrainedModel, tensors: Mapping[str, Tensor], source: 
     left = dict(tensors)
     for name, quantizer in iter_quantizers(model):
         if quantizer.dynamic:
+            clip = left.pop(f"{name}.clip", None)
+            quantizer.clip = None if clip is None else clip.to(model.device)
             continue
         for part in ("scale", "zero_point"):
             if f"{name}.{part}" not in left:
@@ -295,6 +354,20 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for quantizer, mode in modes.items():
             quantizer.mode = mode
+
+
+@contextmanager
+def quantizers_off(model: nn.Module) -> Iterator[None]:
+    """The model computes without its quantizers meanwhile."""
+    with kept_modes(model):
+        set_modes(model, "off")
+        yield
+
+
+def quantized_linears(model: nn.Module) -> list[tuple[QuantizedLinear, Quantizer]]:
+    """The linears of a model, or of a part of one, whose weights have a quantizer, each with that."""
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return [(linear, linear.weight_quantizer) for linear in linears if linear.weight_quantizer is not None]
 
 
 def get_context(model: PreTrainedModel) -> ForwardContext:

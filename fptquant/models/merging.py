@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.transforms.base import Transform
 from fptquant.transforms.down_hadamard import DownHadamard
+from fptquant.transforms.kronecker import Kronecker
 from fptquant.transforms.residual_rotation import ResidualRotation
 from fptquant.transforms.up_scaling import UpScaling
 
@@ -28,12 +29,13 @@ class Merging:
         """The merged weight, quantized if the quantizer is on; differentiable in transforms and ranges.
 
         At most one merged copy of the weight is kept beside the quantized one. Where a trained T_r comes before another
-        transform, that would be two: then none is kept, and the backward pass merges again.
+        transform, or a Kronecker product after one, that would be two: then none is kept, and the backward pass merges again.
 
         Shape: weight and result [out, in].
         """
         quantized = quantizer if quantizer is not None and quantizer.mode == "on" else None
-        if len(self.steps) > 1 and isinstance(self.steps[0][0], ResidualRotation):
+        first, last = self.steps[0][0], self.steps[-1][0]
+        if len(self.steps) > 1 and (isinstance(first, ResidualRotation) or isinstance(last, Kronecker)):
             merged: Tensor = checkpoint(self._weight, weight, quantized, use_reentrant=False, preserve_rng_state=False)
             return merged
         return self._weight(weight, quantized)

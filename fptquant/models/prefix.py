@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from fptquant.errors import UserError
 from fptquant.models.adapter import view_model
 from fptquant.models.context import ForwardContext
+from fptquant.models.heads import transform_keys
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.quantizers.wide_buffers import WideBuffers
 
@@ -69,14 +70,14 @@ def prefix_keys_values(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     The one place where attention asks for them. A pass that plays the full-precision teacher has none: what a prefix is
     measured against is the model without it.
 
-    Shape: both [kv_heads, P, head_dim]; keys after RoPE, at positions -P..-1, and after T_h.
+    Shape: both [kv_heads, P, head_dim]; keys after RoPE, at positions -P..-1, and after T_h or P_h.
     """
     prefix, context = module.prefix, module.context
     assert isinstance(context, ForwardContext)
     if not isinstance(prefix, Prefix) or prefix.length == 0 or context.full_precision:
         return None
     key, value = prefix()
-    return context.transform_head(key), value
+    return transform_keys(module, key), value
 
 
 def put_prefix_first(
@@ -162,7 +163,7 @@ def compute_prefix_(model: PreTrainedModel, ids: Sequence[int]) -> None:
     view, cache = view_model(model), DynamicCache()
     context = view.decoder.context
     assert isinstance(context, ForwardContext)
-    with prefix_off(model), context.teacher():  # keys before T_h, which are moved to other positions
+    with prefix_off(model), context.teacher():  # keys before T_h or P_h, which are moved to other positions
         view.decoder(input_ids=torch.tensor([list(ids)], device=model.device), past_key_values=cache, use_cache=True)
     frequencies = view.get("rotary").inv_freq
     assert isinstance(frequencies, Tensor)

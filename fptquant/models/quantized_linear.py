@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fptquant.models.context import ForwardContext
+from fptquant.models.linear_input import transform_and_quantize
 from fptquant.models.merging import Merging
 from fptquant.models.rescaling import Rescaling
 from fptquant.quantizers.quantizer import Quantizer
@@ -39,8 +40,9 @@ class QuantizedLinear(nn.Linear):
         self.train(linear.training)
         self.context = context
         self.scaled: Literal["input", "output"] | None = None
-        self.online: Transform | None = None
-        """What transforms the input at run time (T_d, T_o); the weight holds the inverse."""
+        self.online: tuple[Transform, ...] = ()
+        """What transforms the input at run time (T_d, T_o, P_d, P_o), one after the other; the weight holds the inverse. In a
+        tuple: their parameters are not the model's."""
         self.input_quantizer = None
         self.weight_quantizer = None
         self.output_quantizer = None
@@ -78,11 +80,8 @@ class QuantizedLinear(nn.Linear):
         inverse = self.context.inverse_scale(x) if self.scaled == "input" else None
         if inverse is not None:
             x = (x * inverse).to(x.dtype)
-        if self.online is not None and not self._untransformed:
-            x = self.online(x)
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x, self.context.kept_tokens(x, self.input_quantizer.full_precision_tokens))
-        return x
+        online = () if self._untransformed else self.online
+        return transform_and_quantize(x, online, self.input_quantizer, self.context)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._linear(self.prepare_input(x))

@@ -6,7 +6,7 @@ out/transformed/              instead of merged/ where something is left to do a
                               called model_config.json so that nothing loads it as a plain model by mistake
 out/quantizers.safetensors    every static scale and zero point
 out/prefix.safetensors        keys and values of the prefix of every block, if there is one
-out/transforms.safetensors    the transforms themselves, merged already, for study and further training
+out/transforms.safetensors    the transforms themselves; what acts online is read from here, the rest is merged already
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ from torch import Tensor
 from fptquant.config.loading import dump_config, load_config
 from fptquant.diagnostics import diagnostics
 from fptquant.errors import UserError
-from fptquant.models.adapter import view_model
+from fptquant.models.adapter import model_sizes, view_model
 from fptquant.models.instrument import instrument_for, load_ranges_, range_tensors, set_modes
 from fptquant.models.prefix import Prefix, model_prefixes, prefix_length
 from fptquant.models.quiet import quiet_weight_bars
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.reports.run_folder import run_folder, write_json
+from fptquant.transforms import ModelTransforms, TransformOptions, build_transforms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from fptquant.config.schema import Config
     from fptquant.stages.calibrate import CalibrationResult
 
 QUANTIZERS, TRANSFORMS, PREFIX = "quantizers.safetensors", "transforms.safetensors", "prefix.safetensors"
@@ -139,6 +141,16 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is missing or damaged ({error}); calibrate and save again") from None
 
 
+def _load_transforms(model: PreTrainedModel, config: Config, path: Path) -> ModelTransforms:
+    """The transforms of a calibrated model, of which the weights hold all but what acts online."""
+    transforms = build_transforms(model_sizes(view_model(model)), TransformOptions.of(config.transforms), seed=config.seed)
+    try:
+        transforms.load_state_dict(_load_tensors(path))
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit this model ({error}); calibrate and save again") from None
+    return transforms.requires_grad_(False)
+
+
 def _load_prefix_(model: PreTrainedModel, path: Path, length: int) -> None:
     """Fills in the prefix of every block; the file must fit the model exactly."""
     tensors, view = _load_tensors(path), view_model(model)
@@ -185,7 +197,7 @@ def load_calibrated(folder: str | Path, *, device: str = "cpu") -> tuple[PreTrai
     torch.nn.Module.to(model, device)
     model.train(False)
     model.requires_grad_(False)
-    instrument_for(model, config)
+    instrument_for(model, config, _load_transforms(model, config, folder / TRANSFORMS))
     load_ranges_(model, _load_tensors(folder / QUANTIZERS), folder / QUANTIZERS)
     if config.quantization.prefix is not None:
         _load_prefix_(model, folder / PREFIX, len(config.quantization.prefix))

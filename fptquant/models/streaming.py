@@ -198,3 +198,8 @@ class PartialDecoder:
         self._stored.state, self._caught.running_scale = state, None
         output = self._decoder(input_ids=tokens, past_key_values=cache, use_cache=cache is not None).last_hidden_state
         return PartState(output, self._caught.running_scale)
+
+    def run_in_parts(self, tokens: Tensor, state: PartState | None, at_once: int) -> PartState:
+        """As `run`, with so many windows at once."""
+        parts = torch.split(torch.arange(len(tokens), device=tokens.device), at_once)
+        return PartState.joined([self.run(tokens[part], None if state is None else state.rows(part)) for part in parts])

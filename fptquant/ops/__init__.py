@@ -7,6 +7,7 @@ from fptquant.ops.divergence import divergence
 from fptquant.ops.fake_quant import fake_quant
 from fptquant.ops.gptq import gptq_
 from fptquant.ops.hadamard import hadamard, hadamard_matrix, hadamard_sizes
+from fptquant.ops.kronecker import kronecker, kronecker_fake_quant
 from fptquant.ops.linear_divergence import linear_cross_entropy, linear_divergence, linear_jsd
 from fptquant.ops.lp_norm import lp_norm_query_key, lp_norm_scale
 from fptquant.ops.merge_query_key import (
@@ -18,6 +19,7 @@ from fptquant.ops.merge_scale import merge_scale, merge_scale_fake_quant, merge_
 from fptquant.ops.merge_value import merge_value
 from fptquant.ops.pack_int4 import pack_int4, unpack_int4
 from fptquant.ops.residual_scale import residual_scale
+from fptquant.ops.rotate_blocks import rotate_blocks
 from fptquant.ops.set_range import range_errors, range_histogram, range_minmax, range_qparams, set_range
 from fptquant.ops.solve_query_key import solve_query_key
 
@@ -32,6 +34,8 @@ __all__ = [
     "hadamard",
     "hadamard_matrix",
     "hadamard_sizes",
+    "kronecker",
+    "kronecker_fake_quant",
     "linear_cross_entropy",
     "linear_divergence",
     "linear_jsd",
@@ -50,6 +54,7 @@ __all__ = [
     "range_minmax",
     "range_qparams",
     "residual_scale",
+    "rotate_blocks",
     "scale_moments",
     "set_range",
     "solve_query_key",

@@ -44,6 +44,32 @@ def operator(name: str) -> Callable[..., Any]:
     return overload
 
 
+def derivative(name: str, tensors: int) -> None:
+    """Shapes and gradient of operator ``name``, whose first ``tensors`` arguments are tensors and whose output is like the first.
+
+    Its gradient is the operator ``<name>_backward``: of dy, all arguments, and whether the first one's gradient is wanted, it
+    gives a gradient for each tensor; that of the first has no elements where it is not wanted.
+    """
+    backward = operator(f"{name}_backward")
+
+    def fake_backward(dy: Tensor, first: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        dfirst = torch.empty_like(first) if rest[-1] else first.new_empty(0)
+        return dfirst, *(torch.empty_like(tensor) for tensor in rest[: tensors - 1])
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.options = inputs[tensors:]
+
+    def gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[0]
+        dfirst, *others = backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options, wanted)
+        return (dfirst if wanted else None), *others, *(None for _ in ctx.options)
+
+    fake(name, lambda first, *rest: torch.empty_like(first))
+    fake(f"{name}_backward", fake_backward)
+    autograd(name, setup_context, gradient)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64 tensors, float32 for everything narrower: what every operator computes in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

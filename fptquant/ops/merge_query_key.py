@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -36,61 +34,16 @@ for _name in (
 ):
     _library.fallback(_name, getattr(reference, _name))
 
-
-def _fake_backward(
-    dy: Tensor, weight: Tensor, angle: Tensor, log_scale: Tensor, group: int, inverse: bool, weight_gradient: bool
-) -> tuple[Tensor, ...]:
-    dweight = torch.empty_like(weight) if weight_gradient else weight.new_empty(0)
-    return dweight, torch.empty_like(angle), torch.empty_like(log_scale)
-
-
-def _fake_fused_backward(
-    dy: Tensor, weight: Tensor, angle: Tensor, log_scale: Tensor, scale: Tensor, zero_point: Tensor, *options: Any
-) -> tuple[Tensor, ...]:
-    dweight = torch.empty_like(weight) if options[-1] else weight.new_empty(0)
-    return dweight, *(torch.empty_like(t) for t in (angle, log_scale, scale, zero_point))
-
-
-_library.fake("merge_query_key", lambda weight, *rest: torch.empty_like(weight))
-_library.fake("merge_query_key_backward", _fake_backward)
-_library.fake("merge_query_key_fake_quant", lambda weight, *rest: torch.empty_like(weight))
-_library.fake("merge_query_key_fake_quant_backward", _fake_fused_backward)
+_library.derivative("merge_query_key", 3)
+_library.derivative("merge_query_key_fake_quant", 5)
 _library.fake(
     "query_key_moments",
     lambda weight, head_dim: weight.new_empty((weight.shape[0] // head_dim, head_dim // 2, 5), dtype=torch.float64),
 )
 
 _merge = _library.operator("merge_query_key")
-_merge_backward = _library.operator("merge_query_key_backward")
 _merge_fake_quant = _library.operator("merge_query_key_fake_quant")
-_merge_fake_quant_backward = _library.operator("merge_query_key_fake_quant_backward")
 _moments = _library.operator("query_key_moments")
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.options = inputs[3:]
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[0]
-    dweight, dangle, dlog_scale = _merge_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options, wanted)
-    return (dweight if wanted else None), dangle, dlog_scale, None, None
-
-
-def _setup_fused_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
-
-
-def _fused_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[0]
-    dweight, *rest = _merge_fake_quant_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options, wanted)
-    return (dweight if wanted else None), *rest, None, None, None, None, None, None
-
-
-_library.autograd("merge_query_key", _setup_context, _backward)
-_library.autograd("merge_query_key_fake_quant", _setup_fused_context, _fused_backward)
 
 
 def merge_query_key(weight: Tensor, angle: Tensor, log_scale: Tensor, *, group: int = 1, inverse: bool = False) -> Tensor:

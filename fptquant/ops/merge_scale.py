@@ -37,59 +37,20 @@ for _name in (
 ):
     _library.fallback(_name, getattr(reference, _name))
 
-
-def _fake_backward(dy: Tensor, weight: Tensor, row: Tensor, column: Tensor, weight_gradient: bool) -> tuple[Tensor, ...]:
-    dweight = torch.empty_like(weight) if weight_gradient else weight.new_empty(0)
-    return dweight, torch.empty_like(row), torch.empty_like(column)
-
-
-def _fake_fused_backward(
-    dy: Tensor, weight: Tensor, row: Tensor, column: Tensor, scale: Tensor, zero_point: Tensor, *options: Any
-) -> tuple[Tensor, ...]:
-    dweight = torch.empty_like(weight) if options[-1] else weight.new_empty(0)
-    return dweight, *(torch.empty_like(t) for t in (row, column, scale, zero_point))
+_library.derivative("merge_scale", 3)
+_library.derivative("merge_scale_fake_quant", 5)
 
 
 def _fake_moments(weight: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return tuple(weight.new_empty(n, dtype=torch.float64) for n in weight.shape)  # type: ignore[return-value]
 
 
-_library.fake("merge_scale", lambda weight, *rest: torch.empty_like(weight))
-_library.fake("merge_scale_backward", _fake_backward)
-_library.fake("merge_scale_fake_quant", lambda weight, *rest: torch.empty_like(weight))
-_library.fake("merge_scale_fake_quant_backward", _fake_fused_backward)
 _library.fake("scale_moments", _fake_moments)
 
 _merge = _library.operator("merge_scale")
 _merge_backward = _library.operator("merge_scale_backward")
 _merge_fake_quant = _library.operator("merge_scale_fake_quant")
-_merge_fake_quant_backward = _library.operator("merge_scale_fake_quant_backward")
 _moments = _library.operator("scale_moments")
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[0]
-    dweight, drow, dcolumn = _merge_backward(dy.contiguous(), *ctx.saved_tensors, wanted)
-    return (dweight if wanted else None), drow, dcolumn
-
-
-def _setup_fused_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
-
-
-def _fused_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[0]
-    dweight, *rest = _merge_fake_quant_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options, wanted)
-    return (dweight if wanted else None), *rest, None, None, None, None
-
-
-_library.autograd("merge_scale", _setup_context, _backward)
-_library.autograd("merge_scale_fake_quant", _setup_fused_context, _fused_backward)
 
 
 def merge_scale(weight: Tensor, row_log_scale: Tensor | None = None, column_log_scale: Tensor | None = None) -> Tensor:

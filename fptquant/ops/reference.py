@@ -247,6 +247,76 @@ def merge_scale_fake_quant_backward(
     return *rest, dscale, dzero
 
 
+# ------------------------------------------------------------------------------------------------ Kronecker products
+
+
+def _kronecker_blocks(x: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(X right^T, left X right^T, X) of the rows of x as matrices X [rows of x, R, C], in the dtype of computation."""
+    rows = len(left) if left.numel() else x.shape[-1] // len(right)
+    blocks = _wide(x).reshape(-1, rows, x.shape[-1] // rows)
+    inner = blocks @ right.T if right.numel() else blocks
+    return inner, left @ inner if left.numel() else inner, blocks
+
+
+def kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """y = (left (x) right) x for each row of the last axis; an absent factor is the identity."""
+    return _kronecker_blocks(x, left, right)[1].reshape(x.shape).to(x.dtype)
+
+
+def kronecker_backward(dy: Tensor, x: Tensor, left: Tensor, right: Tensor, x_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx or absent, dleft, dright); the gradient of an absent factor is absent."""
+    inner, _, blocks = _kronecker_blocks(x, left, right)
+    wide_dy = dy.to(blocks.dtype).reshape(blocks.shape)
+    dinner = left.T @ wide_dy if left.numel() else wide_dy
+    dleft = (wide_dy @ inner.mT).double().sum(dim=0).to(left.dtype) if left.numel() else None
+    dright = (dinner.mT @ blocks).double().sum(dim=0).to(right.dtype) if right.numel() else None
+    dx = None
+    if x_gradient:
+        dx = (dinner @ right if right.numel() else dinner).reshape(x.shape).to(x.dtype)
+    return _or_absent(dx, x), _or_absent(dleft, left), _or_absent(dright, right)
+
+
+def kronecker_fake_quant(
+    x: Tensor, left: Tensor, right: Tensor, scale: Tensor, zero_point: Tensor, grid: int, qmin: int, qmax: int
+) -> Tensor:
+    """fake_quant(kronecker(x)), one scale for all or one for each row; no rounding in between."""
+    y = _kronecker_blocks(x, left, right)[1]
+    return fake_quant(y, scale, zero_point, 1, scale.numel(), y.numel() // scale.numel(), qmin, qmax).reshape(x.shape).to(x.dtype)
+
+
+def kronecker_fake_quant_backward(
+    dy: Tensor,
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    grid: int,
+    qmin: int,
+    qmax: int,
+    x_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx or absent, dleft, dright, dscale, dzero_point)."""
+    y = _kronecker_blocks(x, left, right)[1]
+    wide_dy, inner = dy.to(y.dtype).reshape(y.shape), y.numel() // scale.numel()
+    dtransformed, dscale, dzero = fake_quant_backward(wide_dy, y, scale, zero_point, 1, scale.numel(), inner, qmin, qmax)
+    return *kronecker_backward(dtransformed.reshape(x.shape), x, left, right, x_gradient), dscale, dzero
+
+
+# --------------------------------------------------------------------------------------------------- rotations of blocks
+
+
+def rotate_blocks(x: Tensor, matrices: Tensor, permutation: Tensor, transpose: bool) -> Tensor:
+    """Channels permuted, then each block multiplied by its matrix, or the transposed matrices and every channel put back."""
+    wide = _wide(x)
+    if transpose:
+        blocks = wide.reshape(*x.shape[:-1], len(matrices), -1)
+        y = torch.einsum("kij,...ki->...kj", matrices, blocks).reshape(x.shape)
+        return (y[..., permutation.argsort()] if permutation.numel() else y).to(x.dtype)
+    moved = (wide[..., permutation] if permutation.numel() else wide).reshape(*x.shape[:-1], len(matrices), -1)
+    return torch.einsum("kij,...kj->...ki", matrices, moved).reshape(x.shape).to(x.dtype)
+
+
 # ---------------------------------------------------------------------------------------- norms and moments of weights
 
 

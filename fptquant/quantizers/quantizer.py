@@ -11,7 +11,7 @@ from torch import Tensor
 from fptquant import ops
 from fptquant.errors import UserError
 from fptquant.ops.reference_ranges import SCALE_STRETCH
-from fptquant.quantizers.grid import Granularity, IntegerGrid, PerChannel, PerToken
+from fptquant.quantizers.grid import Granularity, IntegerGrid, PerChannel, PerTensor, PerToken
 from fptquant.quantizers.ranges import RangeMethod, RangeSetter
 from fptquant.quantizers.wide_buffers import WideBuffers
 
@@ -22,7 +22,8 @@ Mode = Literal["off", "observe_range", "observe_errors", "on"]
 class Quantizer(WideBuffers):
     """Rounds to a grid and back: y = scale * (clamp(rint(x / scale) + zero_point, qmin, qmax) - zero_point).
 
-    A static quantizer reads ``scale`` and ``zero_point`` from its buffers, a dynamic one computes them from each token.
+    A static quantizer reads ``scale`` and ``zero_point`` from its buffers, a dynamic one computes them from each token; ``clip``,
+    which training sets, multiplies the range that a dynamic one finds.
     Static ranges are set in two passes over the same batches, without keeping them: mode ``observe_range`` finds
     minimum and maximum, mode ``observe_errors`` (only if ``needs_errors``) the error of every candidate, then
     ``finish_ranges()`` fills the buffers.
@@ -34,9 +35,10 @@ class Quantizer(WideBuffers):
     Errors: UserError if a static quantizer is used before its range was set.
     """
 
-    wide: ClassVar[tuple[str, ...]] = ("scale", "zero_point")
+    wide: ClassVar[tuple[str, ...]] = ("scale", "zero_point", "clip")
     scale: Tensor | None
     zero_point: Tensor | None
+    clip: Tensor | None
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class Quantizer(WideBuffers):
         name: str = "",
         full_precision_tokens: int = 0,
         group_size: int | None = None,
+        outlier_threshold: float | None = None,
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -59,6 +62,8 @@ class Quantizer(WideBuffers):
         self.name = name
         self.full_precision_tokens = full_precision_tokens
         """First tokens of each text that its caller marks as kept."""
+        self.outlier_threshold = outlier_threshold
+        """Channels in which any token of a pass is as large stay in full precision, and out of ranges (LLM.int8)."""
         self.mode: Mode = "off"
         self._setter: RangeSetter | None = None
 
@@ -80,16 +85,33 @@ class Quantizer(WideBuffers):
         """
         if self.mode == "off" or x.numel() == 0:
             return x
+        outliers = self._outliers(x.detach(), kept)
+        inner = x if outliers is None else x.masked_fill(outliers, 0)
         if self.mode == "on":
-            y = self._fake_quant(x)
-            return y if kept is None else torch.where(kept, x, y)
-        self._observe(x, kept)
+            y = self._fake_quant(inner)
+            whole = kept if outliers is None else outliers if kept is None else kept | outliers
+            return y if whole is None else torch.where(whole, x, y)
+        self._observe(inner, kept)
         return x
+
+    def _outliers(self, x: Tensor, kept: Tensor | None) -> Tensor | None:
+        """The channels [.., 1, C] with an outlier in any token that is not kept; None where nothing is decomposed.
+
+        Source: Dettmers et al., LLM.int8 (arXiv 2208.07339), section 3.2.
+        """
+        if self.outlier_threshold is None:
+            return None
+        large = x.abs() >= self.outlier_threshold
+        if kept is not None:
+            large &= ~kept
+        return large.any(dim=tuple(range(x.dim() - 1)), keepdim=True)
 
     def _fake_quant(self, x: Tensor) -> Tensor:
         if self.dynamic:
             with torch.no_grad():
                 scale, zero_point = ops.choose_qparams(x.detach(), grid=self.grid, clip_ratio=self.range_method.clip_ratio)
+            if self.clip is not None:
+                scale = scale * self.clip.to(scale.dtype)
             return ops.fake_quant(x, scale, zero_point, grid=self.grid, granularity=self.granularity)
         scale, zero = self.static_qparams(x)
         if self.group_size is None:
@@ -109,6 +131,14 @@ class Quantizer(WideBuffers):
         # an absent zero point lets the operator skip the addition; symmetric grids always have it at 0
         zero = None if self.grid.symmetric or self.zero_point is None else self.zero_point.to(dtype)
         return self.scale.to(dtype), zero
+
+    @property
+    def is_one_scale(self) -> bool:
+        """Whether it now rounds everything that it is given by one scale, and nobody looks on: then an operator may transform and
+        quantize at once.
+        """
+        whole = isinstance(self.granularity, PerTensor) and self.group_size is None and self.outlier_threshold is None
+        return whole and self.mode == "on" and not self.dynamic and self.scale is not None and not self._forward_hooks
 
     @torch.no_grad()
     def _observe(self, x: Tensor, kept: Tensor | None) -> None:

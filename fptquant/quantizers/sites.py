@@ -104,6 +104,8 @@ class QuantizerSpec:
     full_precision_tokens: int = 0
     group_size: int | None = None
     """Channels that share a static range, for all tokens."""
+    outlier_threshold: float | None = None
+    """Magnitude from which a channel stays in full precision."""
 
     @property
     def grid(self) -> IntegerGrid:
@@ -120,6 +122,7 @@ class QuantizerSpec:
             name=name,
             full_precision_tokens=self.full_precision_tokens,
             group_size=self.group_size,
+            outlier_threshold=self.outlier_threshold,
         )
 
 
@@ -215,4 +218,5 @@ def _point_spec(quantization: QuantizationConfig, point: str, head_dim: int) -> 
         range_method=_range_method(setting("range")),
         full_precision_tokens=quantization.full_precision_tokens if kept is None else kept,
         group_size=group_size,
+        outlier_threshold=getattr(base, "outlier_threshold", None),
     )

@@ -38,11 +38,11 @@ from fptquant.reports.statistics import (
 from fptquant.reports.table import Row, markdown_table
 from fptquant.reports.unfinished_run import EVALUATION, check_run, config_files, lasting_run_folder, note_checkpoint
 from fptquant.reports.zero_shot import zero_shot_markdown
+from fptquant.rounding.round_weights import check_rounding
 from fptquant.stages.calibrate import CalibrationResult, calibrate, calibration_windows, check_model
 from fptquant.stages.distributed import is_main, main_first, main_holds, on_main, world_size
 from fptquant.stages.find_prefix import check_prefix
-from fptquant.stages.rounding import check_rounding
-from fptquant.stages.train import check_training
+from fptquant.training.train import check_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -39,8 +39,8 @@ from fptquant.reports.progress import Progress
 from fptquant.reports.saved import find_saved
 from fptquant.reports.table import Row, caption, column_titles, format_perplexity, texts
 from fptquant.stages.progress import Progress as ProgressCallback
-from fptquant.stages.train import RANGE_FOLDER
 from fptquant.training.log import METRICS
+from fptquant.training.train import RANGE_FOLDER
 
 NAME = "report.html"
 WINDOW = 512

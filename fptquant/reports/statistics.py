@@ -13,7 +13,7 @@ from fptquant.errors import UserError
 from fptquant.evaluation.places import PLACES, run_window, watching
 from fptquant.models.adapter import view_model
 from fptquant.models.hooks import hooked
-from fptquant.models.instrument import kept_modes, set_modes
+from fptquant.models.instrument import quantizers_off
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,8 +63,7 @@ def collect_activations(
         site.largest.append(largest)
         site.median.append(float(magnitude.median()))
 
-    with kept_modes(model), watching(model, note):
-        set_modes(model, "off")
+    with quantizers_off(model), watching(model, note):
         run_window(model, tokens)
     return statistics
 

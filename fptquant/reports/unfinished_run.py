@@ -2,7 +2,7 @@
 
 runs/mine.partial/config.yaml       what is run
 runs/mine.partial/checkpoint*       from where it goes on: of training (`fptquant.training.checkpoint`) and the stages before it
-                                    (`fptquant.stages.prepared`); folders of rounding (`fptquant.stages.round_blocks`), of
+                                    (`fptquant.stages.prepared`); folders of rounding (`fptquant.rounding.round_blocks`), of
                                     evaluations (`fptquant.evaluation.scores`), and where a model larger than memory is calibrated
                                     (`fptquant.stages.stream`)
 runs/mine.partial/metrics.jsonl     what training has seen so far

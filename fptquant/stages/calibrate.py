@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,36 +14,37 @@ import torch
 from torch import Tensor
 
 from fptquant.config.labels import AUTO_PREFIX
-from fptquant.config.schema import TRAINING_STAGES, Config, SmoothingConfig
+from fptquant.config.schema import TRAINING_STAGES, BlockRotationConfig, Config, SmoothingConfig
 from fptquant.data.text import Text, load_text
 from fptquant.data.training import TrainingData
 from fptquant.data.windows import check_window, token_windows
 from fptquant.files import WORTH_KEEPING
 from fptquant.fingerprint import tensors_digest, weights_digest
-from fptquant.models.adapter import view_model
+from fptquant.models.adapter import model_sizes, view_model
 from fptquant.models.instrument import check_instrument, instrument_for, load_ranges_, range_tensors, set_modes
 from fptquant.models.loading import check_finite_weights
 from fptquant.models.prefix import compute_prefix_
 from fptquant.models.saving import save_calibrated
 from fptquant.quantizers.sites import weight_spec
 from fptquant.reports.progress import Progress
+from fptquant.rounding.round_weights import round_, rounding_data
 from fptquant.stages.awq import find_scales_
 from fptquant.stages.distributed import is_main, on_main
 from fptquant.stages.find_prefix import check_prefix, resolve_prefix, with_prefix
+from fptquant.stages.find_rotations import find_rotations_
 from fptquant.stages.fuse_norms import fuse_norms_
 from fptquant.stages.learn_rotation import learn_rotation_
-from fptquant.stages.merge_transforms import merge_blocks_, model_sizes, rotate_residual_, scale_norms_
+from fptquant.stages.merge_transforms import merge_blocks_, rotate_residual_, scale_norms_
 from fptquant.stages.optimize_local import optimize_local_
 from fptquant.stages.prepared import PREPARED, Prepared, load_prepared, restore_state_, save_prepared
 from fptquant.stages.progress import Progress as ProgressCallback
-from fptquant.stages.range_student import weights_by_name
-from fptquant.stages.rounding import round_, rounding_data
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
 from fptquant.stages.smooth import smooth_
-from fptquant.stages.train import BEFORE_BLOCK_TRAINING, BEFORE_TRAINING, fingerprint, train_, train_ranges_, training_data
-from fptquant.stages.train_blocks import train_blocks_
-from fptquant.stages.transform_student import attach_transforms_, merge_attached_
 from fptquant.stages.untie import untie_
+from fptquant.training.range_student import weights_by_name
+from fptquant.training.train import BEFORE_BLOCK_TRAINING, BEFORE_TRAINING, fingerprint, train_, train_ranges_, training_data
+from fptquant.training.train_blocks import train_blocks_
+from fptquant.training.transform_student import attach_transforms_, merge_attached_
 from fptquant.transforms import ModelSizes, ModelTransforms, TransformOptions, build_transforms, check_transforms
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def check_model(model: PreTrainedModel, config: Config) -> None:
 def needs_calibration_text(config: Config) -> bool:
     """Whether any activation or cache quantizer of the config is static, activations are smoothed, or a prefix is searched for."""
     quantization = config.quantization
-    if config.smoothing is not None:
+    if config.smoothing is not None or config.transforms.block_rotation is not None:
         return True
     if quantization.prefix == AUTO_PREFIX and quantization.quantized_sites:
         return True
@@ -185,7 +186,8 @@ def _transform_(
     if config.smoothing is not None and earlier is None:
         with stage("smoothing"):
             report["smoothing"] = _smooth_(model, transforms, config, config.smoothing, windows, progress)
-    scale_norms_(model, transforms)
+    if not config.attaches:
+        scale_norms_(model, transforms)
     if config.local.method != "none" and earlier is None:
         with stage("local optimization"):
             local = optimize_local_(
@@ -200,10 +202,39 @@ def _transform_(
                 progress=progress,
             )
             report["local"] = local.as_dict()
+    if config.transforms.block_rotation is not None and earlier is None:
+        with stage("rotations of blocks"):
+            _find_rotations_(model, transforms, config, config.transforms.block_rotation, windows, progress)
     if not config.attaches:
         with stage("merge the transforms"):
             merge_blocks_(model, transforms, progress=progress)
     return transforms, report
+
+
+def _prefix_ids(config: Config) -> Sequence[int]:
+    prefix = config.quantization.prefix
+    return prefix if isinstance(prefix, list) else ()
+
+
+def _find_rotations_(
+    model: PreTrainedModel,
+    transforms: ModelTransforms,
+    config: Config,
+    settings: BlockRotationConfig,
+    windows: Tensor,
+    progress: ProgressCallback,
+) -> None:
+    find_rotations_(
+        model,
+        transforms,
+        windows,
+        steps=settings.steps,
+        seed=config.seed,
+        prefix=_prefix_ids(config),
+        left_out=config.quantization.full_precision_tokens,
+        norms_scaled=not config.attaches,
+        progress=progress,
+    )
 
 
 def _smooth_(
@@ -215,7 +246,7 @@ def _smooth_(
     progress: ProgressCallback,
 ) -> dict[str, Any]:
     quantization = config.quantization
-    prefix = quantization.prefix if isinstance(quantization.prefix, list) else ()
+    prefix = _prefix_ids(config)
     weight = weight_spec(quantization)
     if settings.method == "awq":
         if weight is None:
@@ -274,7 +305,7 @@ def calibrate(
         texts = on_main(  # fetched or sampled once
             lambda: _Texts(
                 windows,
-                training_data(model, tokenizer, config, config.block_training, progress=bars),
+                training_data(model, tokenizer, config, config.trained_blocks, progress=bars),
                 training_data(model, tokenizer, config, config.trained, progress=bars),
                 rounding_data(model, tokenizer, config, progress=bars),
                 training_data(model, tokenizer, config, config.trained_ranges, progress=bars),
@@ -322,6 +353,7 @@ def _calibrate_(
     report |= _finish_(calibrated, transforms, config, texts, weights, str(belongs_to), stage, folder, resume, progress)
     seconds = max(time.perf_counter() - start, sum(stage.seconds.values()))
     metrics = {"seconds": seconds, "stages": stage.seconds, "calibration_tokens": texts.windows.numel(), **report}
+    metrics["largest_condition_numbers"] = transforms.largest_condition_numbers()
     return CalibrationResult(calibrated, tokenizer, config, transforms, metrics)
 
 
@@ -341,7 +373,7 @@ def _finish_(
     report: dict[str, Any] = {}
     kept: dict[str, Any] = {"folder": folder, "resume": resume, "progress": progress}
     blocks, training, rounding, range_training = texts.block_training, texts.training, texts.rounding, texts.range_training
-    settings = config.block_training
+    settings = config.trained_blocks
     if blocks is not None and settings is not None:
         mark = fingerprint(config, weights, BEFORE_TRAINING)
         report["block_training"] = stage.lasting(
@@ -384,7 +416,7 @@ def _prepare_(
     else:
         config = with_prefix(config, earlier.prefix)
     transforms, report = _transform_(model, config, sizes, windows, earlier, stage, progress)
-    instrument_for(model, config)
+    instrument_for(model, config, transforms)
     if config.attaches:
         attach_transforms_(model, transforms)
     if isinstance(config.quantization.prefix, list):

@@ -12,7 +12,7 @@ from fptquant.errors import UserError
 from fptquant.models.adapter import BlockView, ModelView, view_model
 from fptquant.stages.fuse_norms import NORM_READERS
 from fptquant.stages.progress import Progress, quiet
-from fptquant.transforms import ModelSizes, ModelTransforms, ResidualRotation, Transform
+from fptquant.transforms import ModelTransforms, ResidualRotation, Transform
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +25,15 @@ BLOCK_SIDES: dict[str, dict[str, str]] = {
     "up_scaling": {"up_proj": "up", "down_proj": "down"},
     "down_hadamard": {"down_proj": "down"},
     "out_hadamard": {"o_proj": "out"},
+    "attn_in_kronecker": dict.fromkeys(NORM_READERS["input_norm"], "read"),
+    "mlp_in_kronecker": dict.fromkeys(NORM_READERS["post_norm"], "read"),
+    "out_kronecker": {"o_proj": "read"},
+    "down_kronecker": {"down_proj": "read"},
+    "query_key_mixing": {},
+    "attn_in_rotation": dict.fromkeys(NORM_READERS["input_norm"], "read"),
+    "mlp_in_rotation": dict.fromkeys(NORM_READERS["post_norm"], "read"),
+    "out_rotation": {"o_proj": "read"},
+    "down_rotation": {"down_proj": "read"},
     "residual_rotation": {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "read"),
         **dict.fromkeys(("o_proj", "down_proj"), "write"),
@@ -34,20 +43,6 @@ BLOCK_SIDES: dict[str, dict[str, str]] = {
 
 OUTPUT_SIDES = frozenset({"key", "query", "value", "up", "write"})
 """Sides on which the transform acts on the output of a linear, hence on its bias too."""
-
-
-def model_sizes(view: ModelView) -> ModelSizes:
-    """The sizes that `fptquant.transforms.build_transforms` asks for."""
-    return ModelSizes(
-        num_layers=view.num_layers,
-        hidden_size=view.hidden_size,
-        intermediate_size=view.intermediate_size,
-        num_heads=view.num_heads,
-        num_kv_heads=view.num_kv_heads,
-        head_dim=view.head_dim,
-        norm_eps=view.norm_eps,
-        has_qk_norm=view.adapter.has_qk_norm,
-    )
 
 
 def _merge_into_(module: nn.Module, transform: Transform, side: str) -> None:

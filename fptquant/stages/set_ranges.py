@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fptquant.models.adapter import view_model
-from fptquant.models.instrument import iter_quantizers, set_modes
-from fptquant.models.quantized_linear import QuantizedLinear
+from fptquant.models.instrument import iter_quantizers, quantized_linears, set_modes
 from fptquant.quantizers.quantizer import Mode
 from fptquant.quantizers.ranges import RangeSetter
 from fptquant.stages.distributed import own, reduced, world_size
@@ -22,11 +21,10 @@ if TYPE_CHECKING:
 
 def set_weight_ranges_(model: nn.Module, *, progress: Progress = quiet) -> None:
     """Sets the range of every weight quantizer of a model, or of a part of one, from its weight, and switches it on."""
-    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear) and module.weight_quantizer is not None]
-    for index, linear in enumerate(linears):
-        assert linear.weight_quantizer is not None
-        linear.weight_quantizer.set_range_from(linear.merged_weight())
-        linear.weight_quantizer.mode = "on"
+    linears = quantized_linears(model)
+    for index, (linear, quantizer) in enumerate(linears):
+        quantizer.set_range_from(linear.merged_weight())
+        quantizer.mode = "on"
         progress(index + 1, len(linears), "weight ranges")
 
 

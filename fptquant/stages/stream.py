@@ -33,7 +33,7 @@ from fptquant.diagnostics import diagnostics
 from fptquant.errors import UserError
 from fptquant.files import replace_file
 from fptquant.fingerprint import tensors_digest
-from fptquant.models.adapter import view_model
+from fptquant.models.adapter import model_sizes, view_model
 from fptquant.models.instrument import get_context, instrument_for, range_tensors
 from fptquant.models.loading import check_finite_weight, load_tokenizer, local_folder
 from fptquant.models.prefix import fill_prefix_, model_prefixes, prefix_off
@@ -54,7 +54,7 @@ from fptquant.reports.unfinished_run import CHECKPOINT, lasting_run_folder, stre
 from fptquant.stages.calibrate import CalibrationResult, calibration_windows, check_model
 from fptquant.stages.find_prefix import check_prefix, resolve_prefix, with_prefix
 from fptquant.stages.fuse_norms import fuse_block_, scale_columns_
-from fptquant.stages.merge_transforms import merge_block_, model_sizes
+from fptquant.stages.merge_transforms import merge_block_
 from fptquant.stages.optimize_local import LocalOptions, LocalReport, TermReport, optimize_blocks_
 from fptquant.stages.progress import Progress as ProgressCallback
 from fptquant.stages.set_ranges import observe_windows_, set_weight_ranges_
@@ -125,6 +125,10 @@ def _check_streamable(config: Config) -> None:
             "transforms.residual_rotation.learn = true looks at all weights in every step, which streaming never holds at once; "
             "set transforms.residual_rotation.learn=false, or calibrate in memory"
         )
+    if config.transforms.block_rotation is not None:
+        raise UserError(
+            "transforms.block_rotation looks at the activations of the whole model; leave it out, or calibrate in memory"
+        )
     if config.smoothing is not None:
         raise UserError("smoothing looks at the activations of the whole model; set smoothing=null, or calibrate in memory")
     if config.rounds:
@@ -182,7 +186,7 @@ def _with_quantizers(stream: _Stream, folder: Path, progress: ProgressCallback) 
         look = StreamedLook(stream.source, stream.dtype, stream.device)
         config, report = resolve_prefix(model, stream.result.tokenizer, config, stream.windows, look=look, progress=progress)
         replace_file(known, json.dumps({"ids": config.quantization.prefix, "report": report}).encode())
-    instrument_for(model, config)
+    instrument_for(model, config, stream.result.transforms)
     if config.norm_gains == "fused":
         model.config.tie_word_embeddings = False
     return replace(stream, config=config, result=replace(stream.result, config=config, metrics=report))

@@ -1,1 +1,1 @@
-"""Parts of end-to-end training that know no model: schedule and optimizer, checkpoints, the log of a run."""
+"""Stages that train: students, the loop, and its optimizer, checkpoints and log."""

@@ -1,7 +1,16 @@
 """Function-preserving transforms: mathematics only, no model knowledge."""
 
 from fptquant.transforms.base import Start, Transform
+from fptquant.transforms.block_rotation import BlockRotation, DownRotation
 from fptquant.transforms.down_hadamard import DownHadamard
+from fptquant.transforms.kronecker import (
+    AttentionInputKronecker,
+    DownKronecker,
+    Kronecker,
+    MLPInputKronecker,
+    OutKronecker,
+    QueryKeyMixing,
+)
 from fptquant.transforms.norm_scaling import AttentionInputScaling, MLPInputScaling, NormScaling
 from fptquant.transforms.order import (
     BlockTransforms,
@@ -20,15 +29,23 @@ from fptquant.transforms.up_scaling import UpScaling
 from fptquant.transforms.value_mixing import ValueMixing
 
 __all__ = [
+    "AttentionInputKronecker",
     "AttentionInputScaling",
+    "BlockRotation",
     "BlockTransforms",
     "DownHadamard",
+    "DownKronecker",
+    "DownRotation",
+    "Kronecker",
+    "MLPInputKronecker",
     "MLPInputScaling",
     "ModelSizes",
     "ModelTransforms",
     "NormScaling",
     "OutHadamard",
+    "OutKronecker",
     "QueryKeyHadamard",
+    "QueryKeyMixing",
     "QueryKeyRotation",
     "ResidualRotation",
     "ResidualScaling",

@@ -29,6 +29,8 @@ class Transform(nn.Module):
     """As in the paper: ``T_k``."""
     name: ClassVar[str]
     """As in configs: ``query_key_rotation``."""
+    learning_rate: ClassVar[str | None] = None
+    """The name of a learning rate that it shares with others; None: its own name."""
     mergeable: ClassVar[bool]
     """Nothing is left to do at run time once the weights are merged."""
     online: ClassVar[bool]
@@ -114,7 +116,7 @@ def random_orthogonal(size: int, rng: torch.Generator) -> Tensor:
     """
     q, r = torch.linalg.qr(torch.randn(size, size, generator=rng, dtype=torch.float64))
     signs: Tensor = torch.sign(torch.diagonal(r))
-    matrix: Tensor = signs * q
+    matrix: Tensor = (signs * q).contiguous()  # q is stored by columns, which no file of tensors takes
     return matrix
 
 

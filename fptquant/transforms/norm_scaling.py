@@ -19,6 +19,7 @@ class NormScaling(ChannelScaling):
     """
 
     symbol: ClassVar[str] = "T_n"
+    learning_rate: ClassVar[str | None] = "norm_scaling"
     sides: ClassVar[tuple[str, ...]] = ("norm", "read")
 
 

@@ -1,9 +1,9 @@
 """The transforms of a whole model, and the order in which they apply.
 
-Order of merging: T_r (rows and columns of every weight turn), then T_n, T_k, T_v, T_u of each block, T_d and T_o last: the down
-projection's columns are divided by T_u's scales first and transformed by T_d then, because at run time T_d acts on the
-scaled activation; so it is with the output projection, T_v and T_o. S_n and T_h act at run time only. Local optimization looks at
-the weights after T_r and before T_d and T_o.
+Order of merging: T_r (rows and columns of every weight turn), then T_n, T_k, T_v, T_u of each block, last what acts online on the
+inputs of linears, T_d, T_o, Kronecker products or rotations of blocks: the down projection's columns are divided by T_u's scales
+first and transformed by T_d then, because at run time T_d acts on the scaled activation; so it is with the output projection, T_v
+and T_o. S_n, T_h and P_h act at run time only. Local optimization looks at the weights after T_r and before what acts online.
 """
 
 from __future__ import annotations
@@ -17,11 +17,21 @@ from torch import nn
 
 from fptquant.errors import UserError
 from fptquant.transforms.base import Start, Transform
+from fptquant.transforms.block_rotation import AttentionInputRotation, DownRotation, MLPInputRotation, OutRotation
 from fptquant.transforms.down_hadamard import DownHadamard
+from fptquant.transforms.kronecker import (
+    AttentionInputKronecker,
+    DownKronecker,
+    MLPInputKronecker,
+    OutKronecker,
+    QueryKeyMixing,
+    balanced,
+    possible_start,
+)
 from fptquant.transforms.norm_scaling import AttentionInputScaling, MLPInputScaling, NormScaling
 from fptquant.transforms.out_hadamard import OutHadamard
 from fptquant.transforms.query_key_hadamard import QueryKeyHadamard
-from fptquant.transforms.query_key_rotation import QueryKeyRotation
+from fptquant.transforms.query_key_rotation import PairConstraint, QueryKeyRotation
 from fptquant.transforms.residual_rotation import ResidualRotation
 from fptquant.transforms.residual_scaling import ResidualScaling, Where
 from fptquant.transforms.up_scaling import UpScaling
@@ -32,8 +42,14 @@ if TYPE_CHECKING:
 
 BLOCK_ORDER = (
     "attn_in_scaling", "mlp_in_scaling", "query_key_rotation", "value_mixing", "up_scaling", "down_hadamard", "out_hadamard",
+    "attn_in_kronecker", "mlp_in_kronecker", "out_kronecker", "down_kronecker", "query_key_mixing",
+    "attn_in_rotation", "mlp_in_rotation", "out_rotation", "down_rotation",
 )  # fmt: skip
 """Transforms of a block, in the order in which they are merged."""
+
+
+BlockRotations = tuple[AttentionInputRotation, MLPInputRotation, OutRotation, DownRotation]
+KroneckerTransforms = tuple[AttentionInputKronecker, MLPInputKronecker, OutKronecker, DownKronecker]
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,10 @@ class TransformOptions:
     residual_scaling: Where | None = None
     out_hadamard: bool = False
     query_key_hadamard: bool = False
+    kronecker: Start | None = None
+    query_key_mixing: Start | None = None
+    query_key_constraint: PairConstraint = "none"
+    block_rotation: int | None = None
 
     @classmethod
     def of(cls, used: TransformsConfig) -> TransformOptions:
@@ -81,6 +101,10 @@ class TransformOptions:
             residual_scaling=used.residual_scaling.where if used.residual_scaling else None,
             out_hadamard=used.out_hadamard is not None,
             query_key_hadamard=used.query_key_hadamard is not None,
+            kronecker=used.kronecker.start if used.kronecker else None,
+            query_key_mixing=used.query_key_mixing.start if used.query_key_mixing else None,
+            query_key_constraint=used.query_key_rotation.constraint if used.query_key_rotation else "none",
+            block_rotation=used.block_rotation.block_size if used.block_rotation else None,
         )
 
 
@@ -96,6 +120,9 @@ class BlockTransforms(nn.Module):
         attn_in_scaling: AttentionInputScaling | None = None,
         mlp_in_scaling: MLPInputScaling | None = None,
         out_hadamard: OutHadamard | None = None,
+        kronecker: KroneckerTransforms | None = None,
+        query_key_mixing: QueryKeyMixing | None = None,
+        rotations: BlockRotations | None = None,
     ) -> None:
         super().__init__()
         self.attn_in_scaling = attn_in_scaling
@@ -105,6 +132,15 @@ class BlockTransforms(nn.Module):
         self.up_scaling = up_scaling
         self.down_hadamard = down_hadamard
         self.out_hadamard = out_hadamard
+        self.attn_in_kronecker = None if kronecker is None else kronecker[0]
+        self.mlp_in_kronecker = None if kronecker is None else kronecker[1]
+        self.out_kronecker = None if kronecker is None else kronecker[2]
+        self.down_kronecker = None if kronecker is None else kronecker[3]
+        self.query_key_mixing = query_key_mixing
+        self.attn_in_rotation = None if rotations is None else rotations[0]
+        self.mlp_in_rotation = None if rotations is None else rotations[1]
+        self.out_rotation = None if rotations is None else rotations[2]
+        self.down_rotation = None if rotations is None else rotations[3]
 
     def used(self) -> Iterator[Transform]:
         """The transforms in use, in the order of merging."""
@@ -164,6 +200,15 @@ class ModelTransforms(nn.Module):
         for transform in self.used():
             transform.randomize_(generator, spread)
 
+    def largest_condition_numbers(self) -> dict[str, float]:
+        """Of all blocks, for each kind of transform with matrices that need not be orthogonal, by its symbol."""
+        found: dict[str, float] = {}
+        for facts in self.describe():
+            number = facts.get("largest_condition_number")
+            if number is not None:
+                found[facts["symbol"]] = max(number, found.get(facts["symbol"], 1.0))
+        return found
+
     def describe(self) -> list[dict[str, Any]]:
         """What is used: the model's transforms, then those of each block with the block's index."""
         whole = [transform.describe() for transform in self._of_all_blocks()]
@@ -189,6 +234,8 @@ def check_transforms(sizes: ModelSizes, options: TransformOptions) -> None:
         OutHadamard(sizes.num_heads, sizes.head_dim)
     if options.query_key_hadamard:
         QueryKeyHadamard(sizes.head_dim)
+    if options.query_key_mixing is not None:
+        QueryKeyMixing(sizes.head_dim, start=options.query_key_mixing)
     if options.residual_rotation is not None:
         ResidualRotation(sizes.hidden_size, start=options.residual_rotation)
     if options.value_mixing is not None:
@@ -219,15 +266,33 @@ def build_transforms(sizes: ModelSizes, options: TransformOptions, *, seed: int 
             seed=seed + 1 + index,
         )
 
+    def kronecker(index: int) -> KroneckerTransforms | None:
+        start = options.kronecker
+        return None if start is None else _kronecker(sizes, start, seed=seed + 1 + sizes.num_layers + 4 * index)
+
+    def query_key_rotation() -> QueryKeyRotation | None:
+        if not options.query_key_rotation:
+            return None
+        return QueryKeyRotation(sizes.num_kv_heads, sizes.head_dim, constraint=options.query_key_constraint)
+
+    def query_key_mixing(index: int) -> QueryKeyMixing | None:
+        start = options.query_key_mixing
+        if start is None:
+            return None
+        return QueryKeyMixing(sizes.head_dim, start=start, seed=seed + 1 + 5 * sizes.num_layers + index)
+
     blocks = [
         BlockTransforms(
-            QueryKeyRotation(sizes.num_kv_heads, sizes.head_dim) if options.query_key_rotation else None,
+            query_key_rotation(),
             value_mixing(index),
             UpScaling(sizes.intermediate_size) if options.up_scaling else None,
             DownHadamard(sizes.intermediate_size, options.down_hadamard_block) if options.down_hadamard else None,
             AttentionInputScaling(sizes.hidden_size) if options.norm_scaling else None,
             MLPInputScaling(sizes.hidden_size) if options.norm_scaling else None,
             OutHadamard(sizes.num_heads, sizes.head_dim) if options.out_hadamard else None,
+            kronecker(index),
+            query_key_mixing(index),
+            _rotations(sizes, options.block_rotation) if options.block_rotation is not None else None,
         )
         for index in range(sizes.num_layers)
     ]
@@ -237,4 +302,25 @@ def build_transforms(sizes: ModelSizes, options: TransformOptions, *, seed: int 
         ResidualRotation(sizes.hidden_size, start=rotation, seed=seed) if rotation is not None else None,
         ResidualScaling(sizes.norm_eps, scaling) if scaling is not None else None,
         QueryKeyHadamard(sizes.head_dim) if options.query_key_hadamard else None,
+    )
+
+
+def _kronecker(sizes: ModelSizes, start: Start, *, seed: int) -> KroneckerTransforms:
+    """P_a, P_ug, P_o and P_d of one block; a factor of which there is no Hadamard matrix starts as a random orthogonal one."""
+    hidden, inner, heads = balanced(sizes.hidden_size), balanced(sizes.intermediate_size), (sizes.num_heads, sizes.head_dim)
+    return (
+        AttentionInputKronecker(*hidden, start=possible_start(start, *hidden), seed=seed),
+        MLPInputKronecker(*hidden, start=possible_start(start, *hidden), seed=seed + 1),
+        OutKronecker(*heads, start=possible_start(start, sizes.num_heads), seed=seed + 2),
+        DownKronecker(*inner, start=possible_start(start, *inner), seed=seed + 3),
+    )
+
+
+def _rotations(sizes: ModelSizes, block_size: int) -> BlockRotations:
+    """D_a, D_ug, D_o and D_d of one block, which do nothing yet."""
+    return (
+        AttentionInputRotation(sizes.hidden_size, block_size),
+        MLPInputRotation(sizes.hidden_size, block_size),
+        OutRotation(sizes.num_heads * sizes.head_dim, block_size),
+        DownRotation(sizes.intermediate_size, block_size),
     )

@@ -41,6 +41,10 @@ class QueryKeyHadamard(Transform):
         """Transforms queries or keys [..., D]."""
         return ops.hadamard(x)
 
+    def forward_query(self, x: Tensor) -> Tensor:
+        """As ``forward``: the matrix is orthogonal."""
+        return self(x)  # type: ignore[no-any-return]
+
     def inverse(self, x: Tensor) -> Tensor:
         """Undoes ``forward``."""
         return ops.hadamard(x, transpose=True)

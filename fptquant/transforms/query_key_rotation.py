@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from fptquant.errors import UserError
 from fptquant.quantizers.grid import Granularity, IntegerGrid
 from fptquant.transforms.base import Transform, compute_dtype, is_per_row
 
+PairConstraint = Literal["none", "scale"]
+"""What T_k may do to a RoPE pair: rotate and scale it, or scale it alone."""
+
 
 class QueryKeyRotation(Transform):
     """Rotates the RoPE pairs of the keys by an angle and scales them; queries get the same rotation and 1 / scale.
@@ -20,7 +23,7 @@ class QueryKeyRotation(Transform):
     forward:       x'_i = e (c x_i - s x_j),  x'_j = e (s x_i + c x_j)            on keys
     forward_query: the same with 1 / e                                             on queries
     RoPE rotates the same pairs, and rotations of a plane commute, so every score q . k is unchanged. Query head h reads
-    key head h // (heads / K).
+    key head h // (heads / K). Under the constraint ``scale`` every angle stays 0.
 
     Shape: angle, log_scale [K, D/2]; keys [..., K * D], queries [..., heads * D], before RoPE; weights [rows, in] and
     biases [rows] of k_proj (side ``key``) and q_proj (side ``query``).
@@ -39,13 +42,20 @@ class QueryKeyRotation(Transform):
     online: ClassVar[bool] = False
     sides: ClassVar[tuple[str, ...]] = ("key", "query")
 
-    def __init__(self, num_kv_heads: int, head_dim: int) -> None:
+    angle: Tensor
+
+    def __init__(self, num_kv_heads: int, head_dim: int, *, constraint: PairConstraint = "none") -> None:
         super().__init__()
         if head_dim % 2:
             raise UserError(f"T_k rotates pairs of dimensions: head_dim = {head_dim} must be even")
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        self.angle = nn.Parameter(torch.zeros(num_kv_heads, head_dim // 2))
+        self.constraint: PairConstraint = constraint
+        angle = torch.zeros(num_kv_heads, head_dim // 2)
+        if constraint == "scale":
+            self.register_buffer("angle", angle)
+        else:
+            self.register_parameter("angle", nn.Parameter(angle))
         self.log_scale = nn.Parameter(torch.zeros(num_kv_heads, head_dim // 2))
 
     def group(self, features: int) -> int:

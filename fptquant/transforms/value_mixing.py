@@ -14,8 +14,8 @@ from fptquant.errors import UserError
 from fptquant.transforms.base import Start, Transform, compute_dtype, generator, start_matrix
 from fptquant.transforms.matrix_exp import matrix_exp
 
-Constraint = Literal["none", "orthogonal"]
-"""What the matrices of T_v may be: any that can be inverted, or orthogonal ones."""
+Constraint = Literal["none", "orthogonal", "diagonal"]
+"""What the matrices of T_v may be: any that can be inverted, or orthogonal, or diagonal ones."""
 
 CONDITION_LIMIT = 1000.0
 """Bound on the condition number that training may add to a matrix's start."""
@@ -44,7 +44,7 @@ class ValueMixing(Transform):
 
     M_k = expm(E_k) B_k, with the parameter E_k (``log_mixing``, zero at first) and the fixed base B_k. E_k is scaled down
     where it grows too large (`bounded`); under the constraint ``orthogonal`` it is replaced by its antisymmetric part
-    E_k - E_k^T instead, and B_k is orthogonal.
+    E_k - E_k^T instead, and B_k is orthogonal; under ``diagonal`` by its diagonal, and B_k is diagonal.
     forward:  v' = M_k v;  inverse: v = M_k^-1 v'.
     Attention mixes tokens, not dimensions, so the matrix passes through it. The determinant of expm(E) is exp(trace E),
     never zero: no step of an optimizer can make M singular, and cond(M) <= `CONDITION_LIMIT` cond(B).
@@ -79,6 +79,8 @@ class ValueMixing(Transform):
         super().__init__()
         if constraint not in get_args(Constraint):
             raise UserError(f"constraint {constraint!r} is not known; choose one of {', '.join(get_args(Constraint))}")
+        if constraint == "diagonal" and start != "identity":
+            raise UserError(f"T_v that starts as {start} is not diagonal; set transforms.value_mixing.start=identity")
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.start: Start = start
@@ -92,7 +94,9 @@ class ValueMixing(Transform):
     def exponent(self) -> Tensor:
         """The matrices E [K, D, D], float64, whose exponential is taken."""
         raw = self.log_mixing.double()
-        return raw - raw.mT if self.constraint == "orthogonal" else bounded(raw)
+        if self.constraint == "orthogonal":
+            return raw - raw.mT
+        return bounded(torch.diag_embed(raw.diagonal(dim1=-2, dim2=-1)) if self.constraint == "diagonal" else raw)
 
     def matrix(self) -> Tensor:
         """The matrices M [K, D, D], float64, differentiable in ``log_mixing``."""

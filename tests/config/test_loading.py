@@ -139,7 +139,6 @@ def test_impossible_bits(bits: int) -> None:
         (["norm_gains=fused", "transforms.residual_rotation.learn=true"], "transforms.residual_rotation.learn"),
         (["quantization.full_precision_tokens=512"], "quantization.full_precision_tokens"),
         (["quantization.full_precision_tokens=8", "training.window=8"], "quantization.full_precision_tokens"),
-        (["quantization=w16a8kv8-dynamic", "training={}"], "training.lr"),
         (["quantization=w4a16", "training.lr.weight_range=null"], "training.lr"),
         (["norm_gains=kept", "training.lr.residual_rotation=0.1"], "norm_gains"),
         (["smoothing={}"], "smoothing"),
@@ -151,6 +150,14 @@ def test_impossible_bits(bits: int) -> None:
          "transforms.norm_scaling"),
         (["rounding={method: gptq, act_order: true, static_groups: false}", "quantization=w4a16-g64"], "rounding.act_order"),
         (["rounding={method: autoround, windows: 4}"], "rounding.batch"),
+        (["transforms={kronecker: {}, down_hadamard: {}}"], "transforms.kronecker"),
+        (["transforms={kronecker: {}, out_hadamard: {}}"], "transforms.kronecker"),
+        (["transforms={query_key_mixing: {}, query_key_hadamard: {}}"], "transforms.query_key_mixing"),
+        (["transforms={kronecker: {}, block_rotation: {}}"], "transforms.kronecker"),
+        (["transforms={down_hadamard: {}, block_rotation: {}}"], "transforms.block_rotation"),
+        (["transforms.query_key_rotation={constraint: scale}", "local={method: adamw}"],
+         "transforms.query_key_rotation.constraint"),
+        (["transforms.value_mixing={constraint: diagonal}"], "transforms.value_mixing.start"),
         (["quantization.overrides.down_in.full_precision_tokens=512"], "quantization.overrides.down_in.full_precision_tokens"),
     ],
 )  # fmt: skip
@@ -167,7 +174,7 @@ def test_learning_rates_of_what_is_not_there_are_no_mistake() -> None:
     found = mistakes("quantization=w16a16", "training.lr.query_key_rotation=0.1", "norm_gains=fused")
     assert found == ["training.lr: nothing would be trained; give a learning rate to one of these: residual_rotation"]
     nothing = mistakes("quantization=w16a16", "training={}")
-    assert nothing == ["training.lr: nothing can be trained: the config uses no transform and no static range"]
+    assert nothing == ["training.lr: nothing can be trained: the config uses no transform and no range"]
     overridden = load_config("rtn", "quantization=w16a16", "training={}", "quantization.overrides.down_in.bits=8")
     assert overridden.training is not None
 

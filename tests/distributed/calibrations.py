@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from fptquant.config.loading import load_config
 from fptquant.models.adapter import view_model
 from fptquant.reports.experiment import DTYPES
-from fptquant.stages import shard_weights
 from fptquant.stages.calibrate import calibrate
 from fptquant.stages.progress import quiet
+from fptquant.training import shard_weights
 from tests.distributed.forks import together
 from tests.models.tiny import tiny_model
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer

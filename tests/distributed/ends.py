@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fptquant.config.schema import TrainingConfig
 from fptquant.errors import UserError
 from fptquant.stages.distributed import gathered, largest, main_first, on_main, own, total
-from fptquant.stages.train_end_to_end import train_end_to_end_
+from fptquant.training.train_end_to_end import train_end_to_end_
 from tests.distributed.forks import together
 from tests.training.toy import Toy, windows
 

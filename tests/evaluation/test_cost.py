@@ -25,6 +25,21 @@ def test_what_merges_costs_nothing() -> None:
     assert (cost.added, cost.share, cost.scales) == ({}, 0.0, "none")
 
 
+def test_kronecker_products_cost_the_sum_of_their_sizes_for_each_value() -> None:
+    model = tiny_model("LlamaForCausalLM", hidden_size=24, intermediate_size=40)
+    heads, head_dim, layers = model.config.num_attention_heads, model.config.head_dim, model.config.num_hidden_layers
+    config = load_config("fptquant-local", "transforms={kronecker: {}}", "local.method=none")
+    expected = layers * (2 * 24 * (4 + 6) + 40 * (5 + 8) + heads * head_dim * heads)
+    assert runtime_cost(model, config).added == {"P": expected}
+
+
+def test_rotations_of_blocks_cost_two_matrices_for_each_value() -> None:
+    model = tiny_model("LlamaForCausalLM", hidden_size=24, intermediate_size=40)
+    heads, layers = model.config.num_attention_heads * model.config.head_dim, model.config.num_hidden_layers
+    config = load_config("fptquant-local", "transforms={block_rotation: {block_size: 8}}", "local.method=none")
+    assert runtime_cost(model, config).added == {"D": layers * 2 * 8 * (24 + 24 + heads + 40)}
+
+
 def test_what_is_left_to_do_at_run_time() -> None:
     model = tiny_model("LlamaForCausalLM")
     settings = model.config

@@ -23,6 +23,7 @@ def attention(query_quantizer: Quantizer | None = None, softmax_quantizer: Quant
     return SimpleNamespace(
         context=ForwardContext(),
         prefix=None,
+        online=(),
         query_quantizer=query_quantizer,
         softmax_quantizer=softmax_quantizer,
         num_key_value_groups=2,

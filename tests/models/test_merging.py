@@ -14,12 +14,12 @@ from fptquant.models.adapter import LINEAR_NAMES
 from fptquant.models.instrument import instrument
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.stages.set_ranges import set_weight_ranges_
-from fptquant.stages.transform_student import TransformStudent, attach_transforms_
+from fptquant.training.transform_student import TransformStudent, attach_transforms_
 from fptquant.transforms import TransformOptions
 from tests.models.prepare import setting
 from tests.models.tiny import token_ids
-from tests.stages.test_student import settings
 from tests.stages.transformed import fused_model, random_transforms
+from tests.training.test_student import settings
 
 TRANSFORMS = TransformOptions(query_key_rotation=True, value_mixing="hadamard", up_scaling=True, down_hadamard=True)
 

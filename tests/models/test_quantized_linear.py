@@ -50,7 +50,7 @@ def test_scale_divides_the_row(bias: bool, where: str) -> None:
 def test_order_of_the_steps() -> None:
     plain, context = linear(), ForwardContext()
     made = QuantizedLinear(plain, context)
-    made.online, made.scaled = DownHadamard(24, 12), "input"
+    made.online, made.scaled = (DownHadamard(24, 12),), "input"
     made.input_quantizer, made.output_quantizer = quantizer(4), quantizer(5)
     made.weight_quantizer = Quantizer(IntegerGrid(3), PerChannel(0))
     made.weight_quantizer.set_range_from(plain.weight)

@@ -252,3 +252,38 @@ def test_loading_brings_ranges_of_any_shape(strict: bool) -> None:
     target.load_state_dict(source.state_dict(), strict=strict)
     assert torch.equal(target.scale, source.scale)
     assert torch.equal(target.zero_point, source.zero_point)
+
+
+def test_a_clip_multiplies_the_range_of_every_token() -> None:
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    for symmetric in (True, False):
+        plain, clipped = (
+            Quantizer(IntegerGrid(4, symmetric=symmetric), PerToken(), dynamic=True, range_method=RangeMethod(clip_ratio=ratio))
+            for ratio in (0.7, 1.0)
+        )
+        plain.mode = clipped.mode = "on"
+        assert not torch.equal(plain(x), clipped(x))
+        clipped.clip = torch.tensor(0.7)
+        torch.testing.assert_close(clipped(x), plain(x), rtol=1e-5, atol=1e-5)
+        assert clipped.to(torch.bfloat16).clip.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_channels_with_outliers_stay_in_full_precision_and_out_of_the_range(dynamic: bool) -> None:
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+    x[1, 3, 4], x[0, 2, 9] = 6.0, -40.0
+    columns, rest = [4, 9], [c for c in range(16) if c not in (4, 9)]
+    plain, decomposed = (
+        Quantizer(IntegerGrid(4), PerTensor(), dynamic=dynamic, outlier_threshold=threshold) for threshold in (None, 6.0)
+    )
+    for quantizer, seen in ((plain, x[..., rest]), (decomposed, x)):
+        quantizer.mode = "observe_range"
+        assert torch.equal(quantizer(seen), seen)
+        quantizer.finish_ranges()
+        quantizer.mode = "on"
+    y = decomposed(x)
+    assert torch.equal(y[..., columns], x[..., columns])
+    assert torch.equal(y[..., rest], plain(x[..., rest]))
+    kept = torch.zeros(2, 5, 1, dtype=torch.bool)
+    kept[0, 2], kept[1, 3] = True, True  # both outliers are of kept tokens: no channel is decomposed
+    assert torch.equal(decomposed(x, kept)[~kept[..., 0]], plain(x)[~kept[..., 0]])

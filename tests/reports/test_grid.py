@@ -236,7 +236,7 @@ def test_a_killed_cell_goes_on_with_the_prefix_that_another_has_searched_for(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("fptquant.stages.train_end_to_end.save_checkpoint", stop)
+        patched.setattr("fptquant.training.train_end_to_end.save_checkpoint", stop)
         with pytest.raises(KeyboardInterrupt):
             make(grid(tmp_path / "out", model, **settings))
     gone_on = make(grid(tmp_path / "out", model, **settings), resume=True)

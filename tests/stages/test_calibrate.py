@@ -81,9 +81,22 @@ def test_generate_is_the_same_with_and_without_a_cache() -> None:
     assert torch.equal(texts[0], texts[1])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_saved_model_is_the_same_model_in_another_process(architecture: str, tmp_path: Path) -> None:
-    chosen = config("quantization.full_precision_tokens=1", "transforms.residual_scaling=true", architecture=architecture)
+PRODUCTS = [
+    "transforms.kronecker=true",
+    "transforms.query_key_mixing=true",
+    "transforms.down_hadamard=false",
+    "block_training={steps: 2, windows: 4, window: 32}",
+]
+ROTATIONS = ["transforms.block_rotation={block_size: 16, steps: 4}", "transforms.down_hadamard=false"]
+ONLINE = {"products": PRODUCTS, "rotations": ROTATIONS}
+SYMBOLS = {"products": {"P_a", "P_ug", "P_o", "P_d", "P_h"}, "rotations": {"D_a", "D_ug", "D_o", "D_d"}}
+SAVED = [(architecture, "") for architecture in ARCHITECTURES] + [("LlamaForCausalLM", online) for online in ONLINE]
+
+
+@pytest.mark.parametrize(("architecture", "online"), SAVED, ids=[*ARCHITECTURES, *ONLINE])
+def test_a_saved_model_is_the_same_model_in_another_process(architecture: str, online: str, tmp_path: Path) -> None:
+    given = ["quantization.full_precision_tokens=1", "transforms.residual_scaling=true", *ONLINE.get(online, [])]
+    chosen = config(*given, architecture=architecture)
     result = fq.calibrate(model_of(architecture), tiny_tokenizer(), chosen, progress=quiet)
     result.save(tmp_path / "out")
     tokens = token_ids(1, 30)
@@ -100,7 +113,9 @@ def test_a_saved_model_is_the_same_model_in_another_process(architecture: str, t
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "out" / "transformed" / "config.json").exists()  # it is no plain model
     stored = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert {entry["symbol"] for entry in stored["transforms"]} >= {"T_r", "T_v", "T_u", "T_d", "S_n"}
+    expected = {"T_r", "T_v", "T_u", "S_n"} | SYMBOLS.get(online, {"T_d"})
+    assert {entry["symbol"] for entry in stored["transforms"]} >= expected
+    assert 1 <= stored["largest_condition_numbers"]["T_v"] < 1000
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -10,9 +10,9 @@ import torch
 
 from fptquant.config.schema import QuantizationConfig
 from fptquant.errors import UserError
-from fptquant.models.adapter import view_model
+from fptquant.models.adapter import model_sizes, view_model
 from fptquant.models.instrument import instrument
-from fptquant.stages.merge_transforms import merge_transforms_, model_sizes
+from fptquant.stages.merge_transforms import merge_transforms_
 from fptquant.transforms import TransformOptions, build_transforms
 from fptquant.transforms.residual_scaling import Where
 from tests.models.tiny import ARCHITECTURES, tiny_model
@@ -128,6 +128,38 @@ def test_all_of_them_in_an_instrumented_model(architecture: str, where: str) -> 
     merge_transforms_(model, random_transforms(model, options))
     instrument(model, QuantizationConfig(), residual_scaling=scaling, down_hadamard=True, out_hadamard=True)
     assert relative_error(logits(model), before) < BOUNDS[torch.float64]
+
+
+ONLINE = {
+    "products": TransformOptions(
+        norm_scaling=True,
+        value_mixing="hadamard",
+        up_scaling=True,
+        kronecker="random_orthogonal",
+        query_key_mixing="random_orthogonal",
+    ),
+    "rotations": TransformOptions(norm_scaling=True, value_mixing="identity", up_scaling=True, block_rotation=16),
+}
+
+
+@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("architecture", ALL_ARCHITECTURES)
+def test_what_acts_online_keeps_the_logits_and_the_error_falls_with_the_dtype(architecture: str, sizes: str, name: str) -> None:
+    errors = []
+    for dtype in DTYPES:
+        model = fused_model(architecture, sizes, dtype=dtype)
+        before, names = logits(model), set(model.state_dict())
+        transforms = random_transforms(model, ONLINE[name])
+        merge_transforms_(model, transforms)
+        without_the_online_part = relative_error(logits(model), before)
+        instrument(model, QuantizationConfig(), transforms=transforms)
+        errors.append(relative_error(logits(model), before))
+        assert set(model.state_dict()) == names
+        assert without_the_online_part > 0.3
+        assert errors[-1] < BOUNDS[dtype]
+    assert errors[1] < 1e-3 * errors[0]
+    assert errors[2] < 1e-6 * errors[1]
 
 
 def test_query_key_rotation_is_refused_on_qwen3() -> None:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fptquant.models.adapter import view_model
+from fptquant.models.adapter import model_sizes, view_model
 from fptquant.models.norm import widen_norms_
 from fptquant.stages.fuse_norms import NORM_READERS, fuse_norms_
-from fptquant.stages.merge_transforms import model_sizes
 from fptquant.stages.untie import untie_
 from fptquant.transforms import (
     ModelTransforms,

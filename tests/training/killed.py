@@ -18,7 +18,7 @@ import torch
 
 from fptquant import files as module
 from fptquant.config.schema import TrainingConfig
-from fptquant.stages.train_end_to_end import train_end_to_end_
+from fptquant.training.train_end_to_end import train_end_to_end_
 from tests.training.toy import Toy, windows
 
 STEPS = 40

@@ -22,6 +22,17 @@ ALL = TransformOptions(
 )
 
 
+def test_condition_numbers_are_the_largest_of_all_blocks() -> None:
+    sizes = ModelSizes(2, hidden_size=24, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8)
+    options = TransformOptions(up_scaling=True, value_mixing="hadamard", kronecker="random_orthogonal")
+    transforms = build_transforms(sizes, options)
+    assert transforms.largest_condition_numbers() == pytest.approx(dict.fromkeys(("T_v", "P_a", "P_ug", "P_o", "P_d"), 1.0))
+    transforms.block(1).value_mixing.randomize_(generator(1), 3.0)
+    numbers = transforms.largest_condition_numbers()
+    assert numbers["T_v"] == transforms.block(1).value_mixing.describe()["largest_condition_number"] > 2
+    assert numbers["P_a"] == pytest.approx(1.0)
+
+
 def test_all_six_in_the_order_of_merging() -> None:
     transforms = build_transforms(SIZES, ALL)
     assert [t.symbol for t in transforms.used()] == ["T_r", "S_n"] + 2 * ["T_k", "T_v", "T_u", "T_d"]

@@ -80,3 +80,17 @@ def test_errors_name_the_shapes() -> None:
         rotation().merge_into(torch.zeros(24, 3), "key")
     with pytest.raises(UserError, match="no side 'value'; its sides are key, query"):
         rotation().merge_into(torch.zeros(16, 3), "value")
+
+
+def test_pairs_that_are_only_scaled() -> None:
+    transform = QueryKeyRotation(2, 8, constraint="scale")
+    assert [name for name, _ in transform.named_parameters()] == ["log_scale"]
+    transform.randomize_(generator(3))
+    keys = torch.randn(3, 16, generator=generator(1), dtype=torch.float64)
+    with torch.no_grad():
+        ratio = transform(keys) / keys
+        queries = transform.forward_query(keys) / keys
+    scale = transform.log_scale.detach().double().exp()
+    torch.testing.assert_close(ratio[0].view(2, 8), torch.cat([scale, scale], dim=1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(ratio * queries, torch.ones_like(ratio), rtol=1e-12, atol=0)
+    assert transform.state_dict().keys() == QueryKeyRotation(2, 8).state_dict().keys()

@@ -1,0 +1,119 @@
+"""The rounding stage of the pipeline: its text, its method, and what it leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fptquant.config.schema import Config
+from fptquant.data.text import load_text
+from fptquant.data.training import TrainingData, training_windows
+from fptquant.data.windows import check_window
+from fptquant.files import KeptFiles
+from fptquant.quantizers.autoround import AutoRoundOptions
+from fptquant.quantizers.gptq import GPTQOptions
+from fptquant.rounding.clip_ranges import clip_ranges_
+from fptquant.rounding.round_autoround import round_autoround_
+from fptquant.rounding.round_gptq import round_gptq_
+from fptquant.stages.progress import Progress, quiet
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FOLDER = "checkpoint-rounding"
+"""Folder of blocks that are rounded, while a run is unfinished."""
+
+
+def check_rounding(model: PreTrainedModel, config: Config) -> None:
+    """Refuses what rounding could not do, before any text is fetched.
+
+    Raises:
+        UserError: if a window is longer than the model's context.
+    """
+    if config.rounds:
+        check_window(model.config, config.rounding.window, "rounding.window")
+
+
+def rounding_data(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, *, progress: Progress = quiet
+) -> TrainingData | None:
+    """The calibration windows of the rounding, free of passages of the evaluation text; None for rounding to nearest.
+
+    Raises:
+        UserError: if the text is too short or cannot be had, or a window is longer than the model's context.
+    """
+    rounding = config.rounding
+    if not config.rounds:
+        return None
+    check_rounding(model, config)
+    return training_windows(
+        tokenizer,
+        config.text_of(rounding),
+        windows=rounding.windows,
+        window=rounding.window,
+        held_out=0,
+        seed=config.seed,
+        model=model,
+        excluded=[load_text(config.evaluation.text, "evaluation")],
+        progress=progress,
+    )
+
+
+def round_(
+    model: PreTrainedModel,
+    config: Config,
+    data: TrainingData,
+    *,
+    belongs_to: str = "",
+    folder: Path | None = None,
+    resume: bool = False,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Rounds the weights of a model whose transforms are merged and whose quantizers are on; returns the report.
+
+    Args:
+        belongs_to, resume: as in `fptquant.rounding.round_blocks.round_blocks_`.
+        folder: where finished blocks are kept; nowhere by default.
+
+    Raises:
+        UserError: as `fptquant.rounding.round_gptq.round_gptq_` and `fptquant.rounding.round_autoround.round_autoround_`.
+    """
+    kept = None if folder is None else KeptFiles(folder / FOLDER)
+    windows = data.train[: round(len(data.train) / max(data.epochs, 1.0))]  # a text that is too short repeats: once is enough
+    method = {"nearest": _clip_, "gptq": _gptq_, "autoround": _autoround_}[config.rounding.method]
+    found = method(model, windows, config, kept=kept, belongs_to=belongs_to, resume=resume, progress=progress)
+    return {
+        "method": config.rounding.method,
+        "text": data.source,
+        "tokens": windows.numel(),
+        "dropped_windows": data.dropped,
+        **found,
+    }
+
+
+def _gptq_(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any) -> dict[str, Any]:
+    settings = config.rounding
+    options = GPTQOptions(
+        act_order=settings.act_order, damping=settings.damping, static_groups=settings.static_groups, clip=settings.clip
+    )
+    found = round_gptq_(model, windows, options, **pass_)
+    return {
+        "seconds": found.seconds,
+        "damped_further": [name for name, report in found.linears.items() if report.damping > options.damping],
+        "linears": {name: asdict(report) for name, report in found.linears.items()},
+    }
+
+
+def _clip_(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any) -> dict[str, Any]:
+    return asdict(clip_ranges_(model, windows, **pass_))
+
+
+def _autoround_(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any) -> dict[str, Any]:
+    settings = config.rounding
+    options = AutoRoundOptions(
+        iterations=settings.iterations, batch=settings.batch, lr=settings.lr, learn_clipping=settings.learn_clipping
+    )
+    found = round_autoround_(model, windows, options, seed=config.seed, **pass_)
+    return {"seconds": found.seconds, "blocks": {name: asdict(report) for name, report in found.blocks.items()}}

@@ -1,0 +1,85 @@
+"""The student that is one block: quantized, after quantized blocks, it learns to give what it gives in the full-precision model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fptquant.config.schema import BlockTrainingConfig
+from fptquant.models.streaming import PartialDecoder, PartState
+from fptquant.training.student import Student
+from fptquant.transforms import ModelTransforms
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class BlockData:
+    """What a block reads, and what it is to give.
+
+    Shape: tokens [windows, T], int64; inputs and targets: hidden states of all windows before and after the block.
+    """
+
+    decoder: PartialDecoder
+    """In which the block alone is in place."""
+    tokens: Tensor
+    inputs: PartState
+    targets: PartState
+
+
+class BlockStudent(Student):
+    """Trains the transforms of one block, which are attached, and the ranges of its quantizers, the only ones that are in place.
+
+    It is called with the numbers of windows in place of their tokens. `finish_` leaves the transforms attached.
+
+    Shape: numbers [B, 1], int64
+    """
+
+    settings: BlockTrainingConfig
+
+    def __init__(
+        self, model: PreTrainedModel, transforms: ModelTransforms, settings: BlockTrainingConfig, block: int, data: BlockData
+    ) -> None:
+        super().__init__(model, settings, transforms, [block])
+        self._block, self._data = block, data
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """The mean error of a token, with gradients for everything trained."""
+        self._prepare()
+        return self._errors(numbers[:, 0]).mean()
+
+    @torch.no_grad()
+    def divergence(self, numbers: Tensor) -> Tensor:
+        """The mean error of a token."""
+        return self.forward(numbers)
+
+    def _errors(self, rows: Tensor) -> Tensor:
+        """Of each token, [B, T], in float32 or wider."""
+        data = self._data
+        with torch.autocast(rows.device.type, torch.bfloat16, enabled=self.settings.autocast == "bfloat16"):
+            output = data.decoder.run(data.tokens[rows], data.inputs.rows(rows))
+        target = data.targets.rows(rows).residual()
+        squared = (output.residual() - target).square().mean(-1)
+        if self.settings.objective == "mse":
+            return squared
+        return squared / target.square().mean(-1).clamp(min=torch.finfo(target.dtype).tiny)
+
+    @torch.no_grad()
+    def nonfinite_source(self, numbers: Tensor) -> str | None:
+        """The first range that is not finite, or else the block's input or output."""
+        self._prepare()
+        rows = numbers[:, 0]
+        if not bool(self._data.inputs.rows(rows).residual().isfinite().all()):
+            return f"the input of layers.{self._block}"
+        bad_output = not bool(self._errors(rows).isfinite().all())
+        return self._nonfinite_range() or (f"the output of layers.{self._block}" if bad_output else None)
+
+    @torch.no_grad()
+    def finish_(self) -> None:
+        super().finish_()
+        for transform in self.trained.children():
+            transform.requires_grad_(False)

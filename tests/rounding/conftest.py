@@ -1,0 +1,3 @@
+"""Tests of this folder use one thread."""
+
+from tests.one_thread import one_thread  # noqa: F401
