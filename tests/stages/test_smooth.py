@@ -157,10 +157,10 @@ def test_the_recipe_runs_repeats_itself_and_can_be_saved(tmp_path: Any, override
     assert torch.equal(fq.load_calibrated(tmp_path / "out")[0](tokens).logits, expected)
 
 
-@pytest.mark.filterwarnings("ignore:the held-out divergence", "ignore:end-to-end training did not lower")
+@pytest.mark.filterwarnings("ignore:the held-out divergence was lowest")
 @pytest.mark.parametrize("trained", [True, False])
 def test_t_n_is_trained_with_the_others_or_stays_as_it_is(trained: bool) -> None:
-    training = ["training={steps: 2, window: 32, text: topics, held_out_windows: 1, evaluate_every: 1}"]
+    training = ["training={steps: 16, window: 32, batch: 4, text: topics, held_out_windows: 8, evaluate_every: 4}"]
     training += [] if trained else ["training.lr.norm_scaling=null"]
     model = tiny_model("LlamaForCausalLM", vocab_size=VOCABULARY)
     result = fq.calibrate(model, tiny_tokenizer(), config(*training), progress=quiet)
@@ -170,4 +170,4 @@ def test_t_n_is_trained_with_the_others_or_stays_as_it_is(trained: bool) -> None
             result.transforms.block(block).norm_scalings(), expected.transforms.block(block).norm_scalings(), strict=True
         ):
             assert torch.equal(found.log_scale, before.log_scale) != trained
-            torch.testing.assert_close(found.log_scale, before.log_scale, rtol=0, atol=0.01)
+            torch.testing.assert_close(found.log_scale, before.log_scale, rtol=0, atol=0.05)
