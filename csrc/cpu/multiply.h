@@ -12,8 +12,12 @@
 #define TILED(n) (((n) + TILE - 1) / TILE * TILE)
 #ifdef __AVX512F__
 #define LARGEST_VECTOR 64 /* bytes of a register */
+#define WIDE_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define WIDE_TILE 8 /* rows of two vectors whose sums fit the registers, of which there are 32 */
 #else
 #define LARGEST_VECTOR 32
+#define WIDE_ROWS(X) X(0) X(1) X(2) X(3)
+#define WIDE_TILE 4 /* 16 registers */
 #endif
 #endif
 
@@ -54,20 +58,44 @@ static void LOCAL(multiply_two_lanes)(COMPUTE *c, struct LOCAL(matrix) a, const 
     MULTIPLY_TILE
 }
 
+/* As above for WIDE_TILE rows and the columns of two vectors: each value of a serves both, each vector of b all rows. */
+#define WIDE_SUMS(t) vector p##t = {0}, q##t = {0};
+#define WIDE_ADD(t) p##t += a##t[k * a.column] * left, q##t += a##t[k * a.column] * right;
+#define WIDE_STORE(t) *(vector *)(c + (i + t) * n) = p##t, *(vector *)(c + (i + t) * n + lanes) = q##t;
+
+static void LOCAL(multiply_wide)(COMPUTE *c, struct LOCAL(matrix) a, const COMPUTE *b, int64_t i, int64_t m, int64_t depth,
+                                 int64_t n)
+{
+    typedef COMPUTE vector __attribute__((vector_size(LARGEST_VECTOR), aligned(sizeof(COMPUTE)), may_alias));
+    const int64_t lanes = LARGEST_VECTOR / sizeof(COMPUTE);
+    WIDE_ROWS(WIDE_SUMS)
+    WIDE_ROWS(ROW_OF)
+    for (int64_t k = 0; k < depth; k++) {
+        const vector left = *(const vector *)(b + k * n), right = *(const vector *)(b + k * n + lanes);
+        WIDE_ROWS(WIDE_ADD)
+    }
+    WIDE_ROWS(WIDE_STORE)
+}
+
 /* c = a b: c [TILED(m), n], a [m, depth], b [depth, n]; n is a multiple of LANES. */
 static void LOCAL(multiply)(COMPUTE *c, struct LOCAL(matrix) a, const COMPUTE *b, int64_t m, int64_t depth, int64_t n)
 {
-    const bool two = sizeof(COMPUTE) * 2 * LANES <= LARGEST_VECTOR;
-    for (int64_t j = 0; j < n;) {
-        const bool both = two && j + 2 * LANES <= n;
-        for (int64_t i = 0; i < m; i += TILE) {
-            if (both) {
-                LOCAL(multiply_two_lanes)(c + j, a, b + j, i, m, depth, n);
-            } else {
-                LOCAL(multiply_lanes)(c + j, a, b + j, i, m, depth, n);
-            }
+    const int64_t wide = 2 * LARGEST_VECTOR / sizeof(COMPUTE);
+    int64_t j = 0;
+    for (; j + wide <= n; j += wide) {
+        for (int64_t i = 0; i < m; i += WIDE_TILE) {
+            LOCAL(multiply_wide)(c + j, a, b + j, i, m, depth, n);
         }
-        j += both ? 2 * LANES : LANES;
+    }
+    for (; j + 2 * LANES <= n; j += 2 * LANES) {
+        for (int64_t i = 0; i < m; i += TILE) {
+            LOCAL(multiply_two_lanes)(c + j, a, b + j, i, m, depth, n);
+        }
+    }
+    for (; j < n; j += LANES) {
+        for (int64_t i = 0; i < m; i += TILE) {
+            LOCAL(multiply_lanes)(c + j, a, b + j, i, m, depth, n);
+        }
     }
 }
 
@@ -86,3 +114,6 @@ static void LOCAL(transpose)(COMPUTE *out, const COMPUTE *in, int64_t m, int64_t
 #undef STORE_ROW
 #undef FOR_ROWS
 #undef MULTIPLY_TILE
+#undef WIDE_SUMS
+#undef WIDE_ADD
+#undef WIDE_STORE
