@@ -561,6 +561,14 @@ class Config(StrictModel):
         return self.block_training if self.quantization.has_ranges else None
 
     @property
+    def outdated_ranges(self) -> bool:
+        """Whether block training changes what static quantizers of activations and cache read, but not their ranges."""
+        blocks, quantized = self.trained_blocks, self.quantization
+        if blocks is None or blocks.lr.activation_range is not None or blocks.lr.kv_cache_range is not None:
+            return False
+        return bool(quantized.quantized_sites) and not (quantized.activation.dynamic and quantized.kv_cache.dynamic)
+
+    @property
     def trained_ranges(self) -> RangeTrainingConfig | None:
         """Range training, unless nothing is quantized."""
         return self.range_training if self.quantization.has_ranges else None

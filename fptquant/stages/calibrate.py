@@ -161,7 +161,7 @@ def _transform_(
 ) -> tuple[ModelTransforms, dict[str, Any]]:
     """Untying, norm fusion, T_r, smoothing, local optimization and merging; returns the transforms and what the stages report.
 
-    T_k, T_v, T_u and T_d are not merged where they are trained: they are after that. What was found earlier is not found again.
+    Transforms of blocks are not merged where they are trained: they are after that. What was found earlier is not found again.
     """
     report: dict[str, Any] = {}
     options = TransformOptions.of(config.transforms)
@@ -382,6 +382,9 @@ def _finish_(
         )
         if training is None:
             merge_attached_(model, transforms)
+            if config.outdated_ranges:
+                with stage("activation ranges, anew"):
+                    set_activation_ranges_(model, texts.windows, progress=progress)
     if training is not None:
         report["training"] = stage.lasting(
             "end-to-end training", lambda: train_(model, transforms, config, training, weights=weights, **kept)

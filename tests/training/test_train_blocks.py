@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import fptquant as fq
 from fptquant.config.schema import BlockTrainingConfig
 from fptquant.data.training import TrainingData
 from fptquant.files import KeptFiles
 from fptquant.models.adapter import view_model
-from fptquant.models.instrument import instrument, iter_quantizers, kept_modes, set_modes
+from fptquant.models.instrument import instrument, iter_quantizers, kept_modes, range_tensors, set_modes
 from fptquant.models.prefix import compute_prefix_
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.stages.calibrate import CalibrationResult
@@ -148,6 +149,27 @@ def test_it_is_a_stage_of_the_pipeline() -> None:
     local = calibrate("block_training=null")
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(result.model.state_dict()[name], local.model.state_dict()[name])
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_static_ranges_that_do_not_learn_are_set_anew_for_what_the_blocks_have_learned(
+    learned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def watched(model: PreTrainedModel, windows: Tensor, **options: Any) -> None:
+        seen.append(windows)
+        set_activation_ranges_(model, windows, **options)
+
+    monkeypatch.setattr("fptquant.stages.calibrate.set_activation_ranges_", watched)
+    rate = "0.01" if learned else "null"
+    result = calibrate(f"block_training.lr.activation_range={rate}", f"block_training.lr.kv_cache_range={rate}")
+    assert len(seen) == (1 if learned else 2)
+    found = {name: tensor.clone() for name, tensor in range_tensors(result.model).items()}
+    set_activation_ranges_(result.model, seen[0])
+    again = range_tensors(result.model)
+    assert found.keys() == again.keys()
+    assert all(torch.equal(found[name], again[name]) for name in found) != learned
 
 
 @pytest.mark.filterwarnings("ignore:.*did not lower", "ignore:the held-out divergence")
