@@ -44,8 +44,8 @@ def runtime_cost(model: PreTrainedModel, config: Config) -> RuntimeCost:
 
     T_d: a Hadamard transform of the down projection's input; T_o: one across the heads of the output projection's; T_h: one of
     every head of queries and keys; P_h: a matrix on each of these; P: Kronecker products on the inputs of linears; D: rotations
-    of blocks of them; S_n:
-    1 / running_scale times the branch; a prefix: products of queries with its keys, and of weights with its values.
+    of blocks of them; S_n: 1 / running_scale times the branch; a prefix: products of queries with its keys, and of weights with
+    its values. LLM.int8 adds none: its outlier channels are multiplied in full precision instead of in int8.
     Dynamic ranges are named, not counted: each asks for the extremes of a token, whose cost is waiting rather than arithmetic.
 
     Args:

@@ -41,7 +41,7 @@ class QuantizedLinear(nn.Linear):
         self.context = context
         self.scaled: Literal["input", "output"] | None = None
         self.online: tuple[Transform, ...] = ()
-        """What transforms the input at run time (T_d, T_o, P_d, P_o), one after the other; the weight holds the inverse. In a
+        """What transforms the input at run time (T_d, T_o, P, D), one after the other; the weight holds the inverse. In a
         tuple: their parameters are not the model's."""
         self.input_quantizer = None
         self.weight_quantizer = None

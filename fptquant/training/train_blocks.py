@@ -6,7 +6,7 @@ state by held-out windows are those of end-to-end training (`fptquant.training.t
 
 Memory: three times the hidden states of all windows; while a block is trained, its activations for one micro batch.
 
-Source: block-wise training of transforms as in FlatQuant, arXiv 2410.09426; there of online transforms, here of those that merge.
+Source: block-wise training of transforms as in FlatQuant, arXiv 2410.09426; here of transforms that merge, too.
 """
 
 from __future__ import annotations

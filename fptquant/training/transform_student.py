@@ -1,7 +1,8 @@
 """The student whose transforms are trained: linears merge them anew in every pass.
 
-The weights are those before T_k, T_v, T_u and T_d are merged. The student merges and quantizes them anew in every pass, so
-that gradients reach transforms and ranges; the teacher is the same model with transforms (T_h too) and quantizers left out.
+The weights are those before the transforms of blocks (T_n, T_k, T_v, T_u, T_d, T_o, P, D) are merged. The student merges and
+quantizes them anew in every pass, so that gradients reach transforms and ranges; the teacher is the same model with transforms
+(T_h and P_h too) and quantizers left out.
 """
 
 from __future__ import annotations
