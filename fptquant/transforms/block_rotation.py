@@ -161,8 +161,7 @@ def _spread(blocks: Tensor, turns: Tensor) -> Tensor:
         order = torch.arange(size, device=blocks.device).repeat(count, 1)
         order[torch.arange(count), loudest] = 0
         order[:, 0] = loudest
-        swapped = both.gather(2, order[:, None].expand_as(both)) @ turn
-        both = swapped.gather(2, order[:, None].expand_as(both))
+        both = both @ turn[order[:, :, None], order[:, None, :]]  # the turn acts where the loudest channel stands first
         largest = both[:, :tokens].abs().amax((1, 2))
         best = torch.where((largest < least)[:, None, None], both[:, tokens:], best)
         least = torch.minimum(least, largest)
