@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+_ALIGNMENT = 64
+"""Bytes; PyTorch's memory for tensors of processors begins at multiples of it."""
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -51,6 +53,7 @@ def load_model(
     model, tokenizer = _load(source, dtype, cached_only)
     check_finite_weights(model)
     torch.nn.Module.to(model, device)
+    align_weights_(model)
     return model.train(False), tokenizer
 
 
@@ -206,6 +209,17 @@ def _load(source: str, dtype: torch.dtype, cached_only: bool) -> tuple[PreTraine
     if info["missing_keys"]:  # and here
         raise UserError(f"{source} lacks {len(info['missing_keys'])} tensors, {sorted(info['missing_keys'])[0]} among them")
     return model, tokenizer
+
+
+def align_weights_(model: torch.nn.Module) -> None:
+    """Gives every tensor memory of its own that begins where PyTorch begins tensors.
+
+    A tensor of a file lies wherever its neighbors end. Libraries multiply matrices in another order there, so that a model and its
+    copy, which lies elsewhere, would differ in the last bits.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def check_finite_weights(model: PreTrainedModel) -> None:

@@ -27,6 +27,7 @@ from fptquant.diagnostics import diagnostics
 from fptquant.errors import UserError
 from fptquant.models.adapter import model_sizes, view_model
 from fptquant.models.instrument import instrument_for, load_ranges_, range_tensors, set_modes
+from fptquant.models.loading import align_weights_
 from fptquant.models.prefix import Prefix, model_prefixes, prefix_length
 from fptquant.models.quiet import quiet_weight_bars
 from fptquant.quantizers.quantizer import Quantizer
@@ -182,19 +183,35 @@ def _load_weights(weights: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     return model, tokenizer
 
 
+def find_saved(path: str | Path) -> Path:
+    """The folder of a calibrated model: this one, or the ``model`` of a run folder.
+
+    Raises:
+        UserError: if neither holds one.
+    """
+    folder = Path(path)
+    for candidate in (folder, folder / "model"):
+        if check_saved(candidate):
+            return candidate
+    raise UserError(
+        f"{path} holds no calibrated model; give a run folder of `fptquant run` (without --no-save), or a folder that save() wrote"
+    )
+
+
 def load_calibrated(folder: str | Path, *, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The (model, tokenizer) that `CalibrationResult.save` wrote; the model's logits are those it had when it was saved.
+    """The (model, tokenizer) that `CalibrationResult.save` or `fptquant run` wrote, with the logits it had when it was saved.
 
     The config it was calibrated with is ``fptquant.load_config(folder)``.
 
     Raises:
-        UserError: if the folder holds no calibrated model or a file of it is missing or damaged.
+        UserError: if neither the folder nor its ``model`` holds a calibrated model, or a file of it is missing or damaged.
     """
-    folder = Path(folder)
+    folder = find_saved(folder)
     weights = _weights_folder(folder)
     config = load_config(folder / "config.yaml")
     model, tokenizer = _load_weights(weights)
     torch.nn.Module.to(model, device)
+    align_weights_(model)
     model.train(False)
     model.requires_grad_(False)
     instrument_for(model, config, _load_transforms(model, config, folder / TRANSFORMS))

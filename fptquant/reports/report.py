@@ -22,6 +22,7 @@ from fptquant.evaluation.outliers import MassiveActivation, PlaceOutliers
 from fptquant.evaluation.places import PLACES
 from fptquant.files import replace_file
 from fptquant.models.adapter import LINEAR_NAMES
+from fptquant.models.saving import find_saved
 from fptquant.quantizers.sites import layer_and_site
 from fptquant.reports.diagnosis import Diagnosis, Look, diagnose
 from fptquant.reports.diagnostic_plots import (
@@ -36,7 +37,6 @@ from fptquant.reports.diagnostic_plots import (
 from fptquant.reports.plots import draw_block_errors, plot_activations, plot_outliers
 from fptquant.reports.processes import resolve_device
 from fptquant.reports.progress import Progress
-from fptquant.reports.saved import find_saved
 from fptquant.reports.table import Row, caption, column_titles, format_perplexity, texts
 from fptquant.stages.progress import Progress as ProgressCallback
 from fptquant.training.log import METRICS

@@ -23,7 +23,7 @@ from fptquant.evaluation.teacher import ProgressCallback
 from fptquant.evaluation.zero_shot import kept_tasks
 from fptquant.files import KeptFiles
 from fptquant.models.loading import load_model
-from fptquant.models.saving import check_saved, load_calibrated
+from fptquant.models.saving import find_saved, load_calibrated
 from fptquant.reports.experiment import DTYPES
 from fptquant.reports.further import Further, FurtherMeasurements
 from fptquant.reports.processes import resolve_device
@@ -44,21 +44,6 @@ class SavedEvaluation:
     rows: list[Row]
     samples: Samples | None
     """What the models said, if they were asked."""
-
-
-def find_saved(path: str | Path) -> Path:
-    """The folder of a calibrated model: this one, or the ``model`` of a run folder.
-
-    Raises:
-        UserError: if neither holds one.
-    """
-    folder = Path(path)
-    for candidate in (folder, folder / "model"):
-        if check_saved(candidate):
-            return candidate
-    raise UserError(
-        f"{path} holds no calibrated model; give a run folder of `fptquant run` (without --no-save), or a folder that save() wrote"
-    )
 
 
 def check_evaluation(paths: Sequence[str | Path]) -> dict[Path, Config]:

@@ -254,3 +254,13 @@ def test_cache_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("FPTQUANT_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match=r"cannot prepare smollm2-135m in the cache folder .*set FPTQUANT_CACHE"):
         load_model("smollm2-135m")
+
+
+def test_weights_begin_where_those_of_a_copy_begin(tmp_path: Path) -> None:
+    """Else a model and its copy differ in the last bits: libraries add in another order at odd addresses."""
+    folder = write_model(tmp_path / "model")
+    with (folder / "model.safetensors").open("rb") as file:
+        assert (8 + int.from_bytes(file.read(8), "little")) % 64  # the file's tensors do not begin there
+    model, _ = load_model(folder)
+    assert not [name for name, tensor in model.state_dict().items() if tensor.data_ptr() % 64]
+    assert model.lm_head.weight is model.model.embed_tokens.weight or not model.config.tie_word_embeddings

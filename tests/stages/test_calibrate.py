@@ -143,6 +143,9 @@ def test_saving_refuses_to_overwrite_and_loading_names_what_is_broken(tmp_path: 
     with pytest.raises(fq.UserError, match="holds another run"):
         result.save(out)
     result.save(out, overwrite=True)
+    (tmp_path / "run").mkdir()
+    result.save(tmp_path / "run" / "model")
+    assert fq.load_calibrated(tmp_path / "run")[0].config.hidden_size == fq.load_calibrated(out)[0].config.hidden_size
     (out / "quantizers.safetensors").write_bytes(b"short")
     with pytest.raises(fq.UserError, match=r"quantizers\.safetensors is missing or damaged"):
         fq.load_calibrated(out)
@@ -154,6 +157,7 @@ def test_saving_refuses_to_overwrite_and_loading_names_what_is_broken(tmp_path: 
     ("overrides", "message"),
     [
         (["calibration.window=4096"], "4,096"),
+        (["calibration.window=126", "quantization.prefix=[1,2,3,4]"], r"calibration\.window = 126 and a prefix of up to 4 tokens"),
         (["calibration.windows=100000", "calibration.window=100"], "10,000,000|100,000"),
         (["transforms.down_hadamard.block_size=7"], "7"),
         (["quantization=w4a16-g7"], "group_size = 7 does not divide the 64 inputs of q_proj"),
