@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -46,17 +46,18 @@ def config_folders() -> list[Path]:
     return [folder for folder in (package / "configs", package.parent / "configs") if (folder / "methods").is_dir()]
 
 
-def shipped_configs() -> dict[str, Path]:
-    """Every shipped config, tables included, by its short name (its file name without ``.yaml``)."""
+def shipped_configs(kind: Literal["methods", "tables"] | None = None) -> dict[str, Path]:
+    """Every shipped config, or those of a kind, by its short name (its file name without ``.yaml``)."""
     found: dict[str, Path] = {}
     for folder in config_folders():
         for path in (path for part in ("methods/*.yaml", "tables/*.yaml", "*.yaml") for path in sorted(folder.glob(part))):
-            found.setdefault(path.stem, path)
+            if kind is None or path.parent.name == kind:
+                found.setdefault(path.stem, path)
     return found
 
 
-def find_config(path_or_name: str | Path) -> Path:
-    """The file that a path or a short name means.
+def find_config(path_or_name: str | Path, kind: Literal["methods", "tables"] | None = None) -> Path:
+    """The file that a path or a short name means; ``kind`` is what a message offers instead.
 
     A path that exists wins; ``configs/methods/rtn.yaml`` is also found, from any folder, in the shipped copy, and
     ``rtn`` is enough for that.
@@ -73,9 +74,9 @@ def find_config(path_or_name: str | Path) -> Path:
     for folder in config_folders():
         if not path.is_absolute() and parts and (folder / Path(*parts)).is_file():
             return folder / Path(*parts)
-    shipped = shipped_configs()
-    if str(path_or_name) in shipped:
-        return shipped[str(path_or_name)]
+    if str(path_or_name) in (every := shipped_configs()):
+        return every[str(path_or_name)]
+    shipped = shipped_configs(kind)
     near = difflib.get_close_matches(path.stem, shipped, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     raise UserError(f"there is no config {str(path_or_name)!r}{hint} Give a YAML file, or one of: {', '.join(shipped)}")
@@ -235,7 +236,7 @@ def load_config(path_or_name: str | Path, *overrides: str, several: bool = False
     >>> load_config("rtn", "quantization=w4a8kv8-static").quantization.label
     'w4a8kv8-static'
     """
-    data = read_recipe(find_config(path_or_name))
+    data = read_recipe(find_config(path_or_name, "methods"))
     if {"methods", "settings"} <= data.keys():
         raise UserError(f"{path_or_name} is a table of several methods; `fptquant table` makes it, other commands take one method")
     overridden, problems = _apply_overrides(data, overrides)

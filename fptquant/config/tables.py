@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from fptquant.config.loading import load_config, load_yaml_config
+from fptquant.config.loading import find_config, load_config, load_yaml_config, read_recipe
 from fptquant.config.schema import Config, Name, StrictModel
 from fptquant.errors import UserError
 
@@ -103,6 +103,8 @@ def model_folder(model: TableModel) -> str:
 
 def load_table(path_or_name: str | Path, *overrides: str) -> TableConfig:
     """A table's config from a YAML file or a shipped table's short name; errors as in `fptquant.config.load_config`."""
+    if not {"methods", "settings"} & read_recipe(find_config(path_or_name, "tables")).keys():
+        raise UserError(f"{path_or_name} is one method; `fptquant run` takes it, `fptquant table` a table of methods and settings")
     return load_yaml_config(TableConfig, path_or_name, *overrides)
 
 

@@ -45,7 +45,7 @@ def operator(name: str) -> Callable[..., Any]:
 
 
 def derivative(name: str, tensors: int) -> None:
-    """Shapes and gradient of operator ``name``, whose first ``tensors`` arguments are tensors and whose output is like the first.
+    """Shapes and gradient of operator ``name``: its first ``tensors`` (2 or more) arguments are tensors, its output like the first.
 
     Its gradient is the operator ``<name>_backward``: of dy, all arguments, and whether the first one's gradient is wanted, it
     gives a gradient for each tensor; that of the first has no elements where it is not wanted.

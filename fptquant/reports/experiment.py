@@ -172,7 +172,7 @@ def preflight(opened: Opened, config: Config) -> None:
     check_rounding(model, config)
     with main_first():  # a text is fetched once
         windows = calibration_windows(model, tokenizer, config)
-    check_prefix(model, tokenizer, config, windows.shape[1], config.evaluation.window)
+    check_prefix(model, tokenizer, config, {"calibration.window": windows.shape[1], "evaluation.window": config.evaluation.window})
 
 
 def needed_bytes(opened: Opened, configs: Sequence[Config], *, save: bool) -> int:

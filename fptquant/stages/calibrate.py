@@ -300,7 +300,7 @@ def calibrate(
     check_model(model, config)
     check_finite_weights(model)
     windows = calibration_windows(model, tokenizer, config, text)
-    check_prefix(model, tokenizer, config, *windows.shape[1:])
+    check_prefix(model, tokenizer, config, {"calibration.window": windows.shape[1]})
     with nullcontext(progress) if progress is not None else Progress() as bars:
         texts = on_main(  # fetched or sampled once
             lambda: _Texts(

@@ -8,7 +8,7 @@ arXiv 2410.05265).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -162,11 +162,11 @@ def _longest(model: PreTrainedModel) -> int:
     return min(LONGEST, getattr(model.config, "sliding_window", None) or LONGEST)
 
 
-def check_prefix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, *windows: int) -> None:
+def check_prefix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, windows: Mapping[str, int]) -> None:
     """Finds what a config's prefix asks of a model that cannot be, before any work is done.
 
     Args:
-        windows: lengths of the windows that will be read behind the prefix.
+        windows: lengths of the windows that will be read behind the prefix, by the settings that name them.
 
     Raises:
         UserError: for a RoPE whose frequencies depend on the length, token ids outside of the vocabulary, a text without
@@ -185,8 +185,8 @@ def check_prefix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, con
             raise UserError(f"quantization.prefix: {what}; give other tokens, a text, or auto")
         length = len(ids)
         check_prefix_length(model, length)
-    for window in windows:
-        check_window(model.config, window + length, f"a window of {window:,} tokens with a prefix of up to {length}, together")
+    for key, window in windows.items():
+        check_window(model.config, window + length, f"{key} = {window:,} and a prefix of up to {length} tokens, together")
 
 
 def resolve_prefix(

@@ -171,7 +171,7 @@ def _prepare(folder: Path, config: Config, dtype: torch.dtype, device: torch.dev
     transforms = build_transforms(model_sizes(view), TransformOptions.of(config.transforms), seed=config.seed).to(device)
     tied = check_checkpoint(view, source)
     windows = calibration_windows(model, tokenizer, config, text)
-    check_prefix(model, tokenizer, config, *windows.shape[1:])
+    check_prefix(model, tokenizer, config, {"calibration.window": windows.shape[1]})
     result = CalibrationResult(model, tokenizer, config, transforms)
     return _Stream(config, source, result, windows, dtype, device, tied)
 

@@ -10,6 +10,7 @@ import yaml
 from fptquant.config.labels import EXAMPLE_LABELS
 from fptquant.config.loading import dump_config, find_config, load_config, parse_config, shipped_configs
 from fptquant.config.schema import SITE_SETS, Config
+from fptquant.config.tables import load_table
 from fptquant.errors import UserError
 
 
@@ -68,6 +69,8 @@ def test_recipes_that_extend_nothing_or_themselves(tmp_path: Path) -> None:
 
     assert "name: is required" in refused("extends: rtn\nseed: 1\n")
     assert "there is no config 'rtm'; did you mean 'rtn'?" in refused("extends: rtm\nname: own\n")
+    offered = refused("extends: nonsense\nname: own\n")
+    assert "one of: " in offered
     assert "extends is 3; write the name" in refused("extends: 3\nname: own\n")
     (tmp_path / "other.yaml").write_text("extends: own.yaml\nname: other\n")
     assert "which extends it in turn" in refused("extends: other.yaml\nname: own\n")
@@ -365,3 +368,16 @@ def test_dumps_are_plain_yaml() -> None:
 def test_a_table_is_not_taken_for_a_method() -> None:
     with pytest.raises(UserError, match="table of several methods; `fptquant table` makes it"):
         load_config("demo")
+
+
+def test_a_method_and_a_table_are_told_apart() -> None:
+    with pytest.raises(UserError, match="rtn is one method; `fptquant run` takes it"):
+        load_table("rtn")
+    with pytest.raises(UserError, match="demo is a table of several methods"):
+        load_config("demo")
+    with pytest.raises(UserError, match="there is no config 'rtx'") as caught:
+        load_config("rtx")
+    assert "ablation" not in str(caught.value)
+    with pytest.raises(UserError, match="there is no config 'ablatoin'; did you mean 'ablation'") as caught:
+        load_table("ablatoin")
+    assert "quarot" not in str(caught.value)

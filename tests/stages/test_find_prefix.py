@@ -192,8 +192,8 @@ def test_auto_without_massive_tokens_is_no_prefix(tmp_path: Path) -> None:
     ("prefix", "message", "options"),
     [
         ("[3, 256]", "token 256 is none of the model's 256", {}),
-        ("[1, 2, 3]", "a window of 48 tokens with a prefix of up to 3, together = 51", {"max_position_embeddings": 50}),
-        ("auto", "with a prefix of up to 4", {"max_position_embeddings": 51}),
+        ("[1, 2, 3]", r"calibration\.window = 48 and a prefix of up to 3 tokens, together = 51", {"max_position_embeddings": 50}),
+        ("auto", "and a prefix of up to 4 tokens", {"max_position_embeddings": 51}),
         ("[1, 2, 3]", "prefix of 3 tokens is longer than the model's sliding window of 2", {"sliding_window": 2}),
         ("auto", "RoPE of type dynamic", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
     ],
