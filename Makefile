@@ -6,12 +6,13 @@ STAMP := $(VENV)/.fptquant
 TORCH := torch==2.13.0
 C_FILES := $(shell find csrc tests/csrc -name '*.[ch]')
 
-.PHONY: help setup test lint demo bench clean
+.PHONY: help setup test lint docs demo bench clean
 
 help:
 	@echo "make demo   install everything, calibrate SmolLM2-135M and print the table (under 10 minutes)"
 	@echo "make test   every test, the C tests under sanitizers included (under 10 minutes)"
 	@echo "make lint   formatting, lint and types"
+	@echo "make docs   the documentation as a site, in build/docs; a broken link is an error"
 	@echo "make bench  the figures in the README, measured anew"
 	@echo "make setup  only install, into $(VENV)"
 
@@ -34,6 +35,10 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+
+docs: setup
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --conf-dir docs . build/docs
+	@echo "open build/docs/docs/index.html"
 
 demo: setup
 	$(BIN)/fptquant table demo --overwrite

@@ -28,11 +28,13 @@ class Quantizer(WideBuffers):
     minimum and maximum, mode ``observe_errors`` (only if ``needs_errors``) the error of every candidate, then
     ``finish_ranges()`` fills the buffers.
 
-    Shape: x of any shape that the granularity fits; scale and zero_point as ``channel_layout`` says, or [groups] with a
-        group size, in float32
-        (float64 if x is); they keep that dtype when the model is converted to a narrower one.
+    Shape: x of any shape that the granularity fits; scale and zero_point as ``channel_layout`` says, or [groups] with a group size,
+    in float32 (float64 if x is); they keep that dtype when the model is converted to a narrower one.
+
     Gradient: straight-through for x, LSQ for scale and zero_point (`fptquant.ops.fake_quant`).
-    Errors: UserError if a static quantizer is used before its range was set.
+
+    Raises:
+        UserError: if a static quantizer is used before its range was set.
     """
 
     wide: ClassVar[tuple[str, ...]] = ("scale", "zero_point", "clip")
