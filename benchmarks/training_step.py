@@ -37,7 +37,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from fptquant import ops
 from fptquant.config.loading import load_config
-from fptquant.config.schema import TrainingConfig
+from fptquant.config.training import TrainingConfig
 from fptquant.data.text import load_text
 from fptquant.data.windows import token_windows
 from fptquant.models.adapter import LINEAR_NAMES, view_model

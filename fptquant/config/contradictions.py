@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from fptquant.config.schema import (
-    CACHE_SITES,
-    HEAD_SITES,
-    SITE_SETS,
-    TRAINED_TRANSFORMS,
-    TRAINING_STAGES,
-    Config,
-    OptimizationConfig,
-    QuantizationConfig,
-)
+from fptquant.config.quantization import CACHE_SITES, HEAD_SITES, SITE_SETS, QuantizationConfig
+from fptquant.config.schema import Config
+from fptquant.config.training import TRAINED_TRANSFORMS, TRAINING_STAGES, OptimizationConfig
 
 
 @dataclass(frozen=True)

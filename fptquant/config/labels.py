@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fptquant.errors import UserError
 
 if TYPE_CHECKING:
-    from fptquant.config.schema import QuantizationConfig
+    from fptquant.config.quantization import QuantizationConfig
 
 _LABEL = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)(?:kv(?P<kv>\d+))?(?:-(?P<ranges>static|dynamic))?(?:-g(?P<group>\d+))?")
 

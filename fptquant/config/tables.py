@@ -12,7 +12,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from fptquant.config.loading import find_config, load_config, load_yaml_config, read_recipe
-from fptquant.config.schema import Config, Name, StrictModel
+from fptquant.config.schema import Config, Name
+from fptquant.config.strict import StrictModel
 from fptquant.errors import UserError
 
 FULL_PRECISION = "full precision"

@@ -13,17 +13,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fptquant.config.schema import (
-    CACHE_SITES,
-    TRAINED_TRANSFORMS,
-    TRAINING_STAGES,
-    BlockTrainingConfig,
-    Config,
-    EndToEndConfig,
-    OptimizationConfig,
-    QuantizationConfig,
-    RangeConfig,
-)
+from fptquant.config.quantization import CACHE_SITES, QuantizationConfig, RangeConfig
+from fptquant.config.schema import Config
+from fptquant.config.training import TRAINED_TRANSFORMS, TRAINING_STAGES, BlockTrainingConfig, EndToEndConfig, OptimizationConfig
 
 _RANGE_FIELDS = {
     "min_max": frozenset[str](),

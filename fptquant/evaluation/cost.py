@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fptquant.config.schema import CACHE_SITES, Config
+from fptquant.config.quantization import CACHE_SITES
+from fptquant.config.schema import Config
 from fptquant.models.adapter import view_model
 from fptquant.ops.hadamard import hadamard_additions
 from fptquant.transforms.block_rotation import largest_divisor

@@ -44,7 +44,8 @@ from fptquant.transforms import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fptquant.config.schema import Config, QuantizationConfig
+    from fptquant.config.quantization import QuantizationConfig
+    from fptquant.config.schema import Config
 
 NORM_POINT = {"input_norm": "attn_in", "post_norm": "mlp_in"}
 """The point at the output of each norm of a block."""

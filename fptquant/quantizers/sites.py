@@ -14,7 +14,7 @@ from fptquant.quantizers.quantizer import Quantizer
 from fptquant.quantizers.ranges import RangeMethod
 
 if TYPE_CHECKING:
-    from fptquant.config.schema import QuantizationConfig
+    from fptquant.config.quantization import QuantizationConfig
 
 Kind = Literal["weight", "activation", "kv_cache"]
 """What a quantizer acts on; each kind has its own part of the config."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fptquant.config.schema import Config, SitePoint
+from fptquant.config.quantization import SitePoint
+from fptquant.config.schema import Config
 from fptquant.quantizers.sites import kind_of
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ import yaml
 
 from fptquant.config.differences import differences
 from fptquant.config.loading import dump_config
-from fptquant.config.schema import TRAINING_STAGES, WITHOUT_INFLUENCE, Config
+from fptquant.config.schema import Config
+from fptquant.config.training import TRAINING_STAGES, WITHOUT_INFLUENCE
 from fptquant.errors import UserError
 from fptquant.reports.run_folder import RUN_MARKER, check_output, disk_errors, make_parents, remove_empty, replace_folder
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fptquant.config.labels import AUTO_PREFIX
-from fptquant.config.schema import TRAINING_STAGES, BlockRotationConfig, Config, SmoothingConfig
+from fptquant.config.schema import Config
+from fptquant.config.training import TRAINING_STAGES
+from fptquant.config.transforms import BlockRotationConfig, SmoothingConfig
 from fptquant.data.text import Text, load_text
 from fptquant.data.training import TrainingData
 from fptquant.data.windows import check_window, token_windows

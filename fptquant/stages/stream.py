@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from fptquant.config.schema import TRAINING_STAGES, Config
+from fptquant.config.schema import Config
+from fptquant.config.training import TRAINING_STAGES
 from fptquant.data.text import Text
 from fptquant.diagnostics import diagnostics
 from fptquant.errors import UserError

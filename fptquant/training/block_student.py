@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fptquant.config.schema import BlockTrainingConfig
+from fptquant.config.training import BlockTrainingConfig
 from fptquant.models.streaming import PartialDecoder, PartState
 from fptquant.training.student import Student
 from fptquant.transforms import ModelTransforms

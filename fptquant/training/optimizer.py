@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fptquant.config.schema import OptimizationConfig
+from fptquant.config.training import OptimizationConfig
 from fptquant.errors import UserError
 
 Groups = Mapping[str, Sequence[tuple[str, nn.Parameter]]]

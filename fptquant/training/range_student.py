@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fptquant.config.schema import RangeTrainingConfig
+from fptquant.config.training import RangeTrainingConfig
 from fptquant.models.instrument import quantized_linears
 from fptquant.models.rescaling import Rescaling
 from fptquant.quantizers.quantizer import Quantizer

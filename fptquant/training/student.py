@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fptquant import ops
-from fptquant.config.schema import EndToEndConfig, OptimizationConfig
+from fptquant.config.training import EndToEndConfig, OptimizationConfig
 from fptquant.evaluation.hidden import first_nonfinite_module
 from fptquant.fingerprint import tensors_digest
 from fptquant.models.adapter import view_model

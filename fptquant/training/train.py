@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fptquant.config.schema import TRAINING_STAGES, Config, OptimizationConfig
+from fptquant.config.schema import Config
+from fptquant.config.training import TRAINING_STAGES, OptimizationConfig
 from fptquant.data.text import load_text
 from fptquant.data.training import TrainingData, training_windows
 from fptquant.data.windows import check_window

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fptquant.config.schema import BlockTrainingConfig
+from fptquant.config.training import BlockTrainingConfig
 from fptquant.data.training import TrainingData
 from fptquant.errors import UserError
 from fptquant.files import KeptFiles, read_file, to_bytes

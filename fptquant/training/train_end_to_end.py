@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fptquant.config.differences import differences
-from fptquant.config.schema import WITHOUT_INFLUENCE, OptimizationConfig
+from fptquant.config.training import WITHOUT_INFLUENCE, OptimizationConfig
 from fptquant.errors import UserError
 from fptquant.files import check_same_run
 from fptquant.fingerprint import machine, tensors_digest

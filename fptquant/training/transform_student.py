@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fptquant.config.schema import TrainingConfig
+from fptquant.config.training import TrainingConfig
 from fptquant.models.adapter import LINEAR_NAMES, view_model
 from fptquant.models.merging import Merging
 from fptquant.models.prefix import model_prefixes

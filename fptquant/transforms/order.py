@@ -38,7 +38,7 @@ from fptquant.transforms.up_scaling import UpScaling
 from fptquant.transforms.value_mixing import Constraint, ValueMixing
 
 if TYPE_CHECKING:
-    from fptquant.config.schema import TransformsConfig
+    from fptquant.config.transforms import TransformsConfig
 
 BLOCK_ORDER = (
     "attn_in_scaling", "mlp_in_scaling", "query_key_rotation", "value_mixing", "up_scaling", "down_hadamard", "out_hadamard",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fptquant.config.labels import EXAMPLE_LABELS, canonical_label, expand_label
-from fptquant.config.schema import QuantizationConfig
+from fptquant.config.quantization import QuantizationConfig
 from fptquant.errors import UserError
 
 

@@ -9,7 +9,8 @@ import yaml
 
 from fptquant.config.labels import EXAMPLE_LABELS
 from fptquant.config.loading import dump_config, find_config, load_config, parse_config, shipped_configs
-from fptquant.config.schema import SITE_SETS, Config
+from fptquant.config.quantization import SITE_SETS
+from fptquant.config.schema import Config
 from fptquant.config.tables import load_table
 from fptquant.errors import UserError
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from fptquant.config.schema import TrainingConfig
+from fptquant.config.training import TrainingConfig
 from fptquant.errors import UserError
 from fptquant.stages.distributed import gathered, largest, main_first, on_main, own, total
 from fptquant.training.train_end_to_end import train_end_to_end_

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fptquant.config.schema import QuantizationConfig
+from fptquant.config.quantization import QuantizationConfig
 from fptquant.models.instrument import instrument, iter_quantizers, set_modes
 from fptquant.models.quantized_linear import QuantizedLinear
 from tests.models.tiny import tiny_model, token_ids

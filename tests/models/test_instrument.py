@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from fptquant.config.schema import QuantizationConfig
+from fptquant.config.quantization import QuantizationConfig
 from fptquant.errors import UserError
 from fptquant.models.adapter import view_model
 from fptquant.models.decoder_layer import DecoderLayer
@@ -334,7 +334,7 @@ def test_impossible_hadamard_size_names_possible_ones(architecture: str) -> None
 
 
 def _with(options: dict[str, Any]) -> Any:
-    from fptquant.config.schema import QuantizationConfig
+    from fptquant.config.quantization import QuantizationConfig
 
     return QuantizationConfig.model_validate(options)
 

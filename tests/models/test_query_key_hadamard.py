@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import fptquant as fq
-from fptquant.config.schema import QuantizationConfig
+from fptquant.config.quantization import QuantizationConfig
 from fptquant.models.adapter import view_model
 from fptquant.models.instrument import get_context, instrument
 from fptquant.models.norm import widen_norms_

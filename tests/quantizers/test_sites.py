@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fptquant.config import schema
-from fptquant.config.schema import QuantizationConfig
+from fptquant.config import quantization
+from fptquant.config.quantization import QuantizationConfig
 from fptquant.errors import UserError
 from fptquant.quantizers.grid import PerChannel, PerGroup, PerTensor, PerToken
 from fptquant.quantizers.sites import (
@@ -33,10 +33,10 @@ EIGHT = {"activation": {"bits": 8}, "kv_cache": {"bits": 6}}
 
 def test_sets_agree_with_the_config() -> None:
     assert {name: set(points) for name, points in SITE_SETS.items()} == {
-        name: set(points) for name, points in schema.SITE_SETS.items()
+        name: set(points) for name, points in quantization.SITE_SETS.items()
     }
-    assert set(POINTS) == set(schema.SitePoint.__args__)  # type: ignore[attr-defined]
-    assert set(schema.CACHE_SITES) == CACHE_POINTS
+    assert set(POINTS) == set(quantization.SitePoint.__args__)  # type: ignore[attr-defined]
+    assert set(quantization.CACHE_SITES) == CACHE_POINTS
 
 
 def test_sets_are_nested() -> None:
@@ -87,7 +87,7 @@ def test_overrides() -> None:
 
 def test_static_ranges_per_head_and_per_group() -> None:
     sites = {"q", "k_cache", "v_cache", "softmax_out", "q_out", "k_out", "v_out", "o_in"}
-    assert set(schema.HEAD_SITES) == HEAD_AXIS_POINTS | HEAD_CHANNEL_POINTS == sites
+    assert set(quantization.HEAD_SITES) == HEAD_AXIS_POINTS | HEAD_CHANNEL_POINTS == sites
     overrides: dict[str, Any] = {site: {"granularity": "per_head"} for site in sites}
     overrides["k_cache"] = {"granularity": "per_group", "group_size": 8}
     overrides["mlp_in"] = {"granularity": "per_tensor"}

@@ -8,7 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 
 import fptquant as fq
-from fptquant.config.schema import Config, TransformsConfig
+from fptquant.config.schema import Config
+from fptquant.config.transforms import TransformsConfig
 from fptquant.reports.method_diagram import AT_RUN_TIME, BOXES, MERGED_INTO, PLACES, draw_method
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "methods").glob("*.yaml"))

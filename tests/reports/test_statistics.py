@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fptquant as fq
-from fptquant.config.schema import QuantizationConfig
+from fptquant.config.quantization import QuantizationConfig
 from fptquant.errors import UserError
 from fptquant.evaluation.places import PLACES
 from fptquant.models.instrument import instrument

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fptquant.config.schema import QuantizationConfig
+from fptquant.config.quantization import QuantizationConfig
 from fptquant.errors import UserError
 from fptquant.models.adapter import model_sizes, view_model
 from fptquant.models.instrument import instrument

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fptquant.config.schema import QuantizationConfig
+from fptquant.config.quantization import QuantizationConfig
 from fptquant.models.instrument import instrument, iter_quantizers
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
 from tests.models.tiny import tiny_model, token_ids

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fptquant import files as module
-from fptquant.config.schema import TrainingConfig
+from fptquant.config.training import TrainingConfig
 from fptquant.training.train_end_to_end import train_end_to_end_
 from tests.training.toy import Toy, windows
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fptquant.config.schema import LearningRates, TrainingConfig
+from fptquant.config.training import LearningRates, TrainingConfig
 from fptquant.errors import UserError
 from fptquant.training.optimizer import GroupedAdamW, learning_rate_factor
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fptquant as fq
-from fptquant.config.schema import RangeTrainingConfig
+from fptquant.config.training import RangeTrainingConfig
 from fptquant.models.instrument import instrument, iter_quantizers, set_modes
 from fptquant.models.prefix import compute_prefix_
 from fptquant.models.quantized_linear import QuantizedLinear

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fptquant.config.schema import QuantizationConfig, TrainingConfig
+from fptquant.config.quantization import QuantizationConfig
+from fptquant.config.training import TrainingConfig
 from fptquant.models.instrument import instrument, iter_quantizers, load_ranges_, range_tensors, set_modes
 from fptquant.models.prefix import compute_prefix_, prefix_off
 from fptquant.models.quantized_linear import QuantizedLinear

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import fptquant as fq
-from fptquant.config.schema import BlockTrainingConfig
+from fptquant.config.training import BlockTrainingConfig
 from fptquant.data.training import TrainingData
 from fptquant.files import KeptFiles
 from fptquant.models.adapter import view_model
