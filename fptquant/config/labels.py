@@ -111,6 +111,9 @@ def setting_notes(quantization: QuantizationConfig) -> Iterator[str]:
     for what, part, usual in zip(("activations", "cache"), parts, ("per_tensor", "per_head"), strict=True):
         if part.bits < 16 and not part.dynamic and part.granularity != usual:
             yield f"{what} {_shared(part.granularity, part.group_size)}"
+    centered = [what for what, part in zip(("activations", "cache"), parts, strict=True) if part.bits < 16 and part.centered]
+    if centered:
+        yield f"{' and '.join(centered)} centered"
     threshold = quantization.activation.outlier_threshold
     if threshold is not None and quantization.activation.bits < 16:
         yield f"channels from {threshold:g} in full precision"

@@ -99,6 +99,9 @@ class ActivationConfig(StrictModel):
     dynamic: bool = False
     granularity: Literal["per_tensor", "per_group", "per_head", "per_token"] = "per_tensor"
     group_size: int | None = Field(default=None, ge=1, description="neighboring channels that share a range (per_group)")
+    centered: bool = Field(
+        default=False, description="round what differs from each channel's mean on the calibration text, where linears read it"
+    )
     outlier_threshold: float | None = Field(
         default=None, gt=0, description="channels in which any token of a pass is as large stay in full precision (LLM.int8: 6)"
     )
@@ -118,6 +121,7 @@ class KVCacheConfig(StrictModel):
     dynamic: bool = False
     granularity: Literal["per_head", "per_group", "per_tensor", "per_token"] = "per_head"
     group_size: int | None = Field(default=None, ge=1, description="channels of a head that share a range (per_group)")
+    centered: bool = Field(default=False, description="round what differs from each channel's mean on the calibration text")
     range: RangeConfig = RangeConfig()
 
     @model_validator(mode="before")

@@ -158,7 +158,7 @@ def _part(quantization: QuantizationConfig, part: str) -> Iterator[WithoutEffect
     sites = {site for site in quantization.quantized_sites if (site in CACHE_SITES) == (part == "kv_cache")}
     if not sites:
         message = f"nothing of {part} is quantized; set {path}.bits or remove it"
-        names = {"symmetric", "dynamic", "group_size", "outlier_threshold"} & type(settings).model_fields.keys()
+        names = {"symmetric", "dynamic", "centered", "group_size", "outlier_threshold"} & type(settings).model_fields.keys()
         yield from _changed(settings, path, sorted(names), message, by_label=True)
         yield from _changed(settings.range, f"{path}.range", RangeConfig.model_fields, message, by_label=True)
         return

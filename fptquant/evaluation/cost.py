@@ -9,6 +9,7 @@ from fptquant.config.quantization import CACHE_SITES
 from fptquant.config.schema import Config
 from fptquant.models.adapter import view_model
 from fptquant.ops.hadamard import hadamard_additions
+from fptquant.quantizers.sites import CENTERED_POINTS
 from fptquant.transforms.block_rotation import largest_divisor
 from fptquant.transforms.kronecker import balanced
 from fptquant.transforms.out_hadamard import mixed_size
@@ -45,8 +46,9 @@ def runtime_cost(model: PreTrainedModel, config: Config) -> RuntimeCost:
 
     T_d: a Hadamard transform of the down projection's input; T_o: one across the heads of the output projection's; T_h: one of
     every head of queries and keys; P_h: a matrix on each of these; P: Kronecker products on the inputs of linears; D: rotations
-    of blocks of them; S_n: 1 / running_scale times the branch; a prefix: products of queries with its keys, and of weights with
-    its values. LLM.int8 adds none: its outlier channels are multiplied in full precision instead of in int8.
+    of blocks of them; S_n: 1 / running_scale times the branch; centers: a subtraction from each channel (what is added again is in
+    the biases of linears, and keys do without); a prefix: products of queries with its keys, and of weights with its values.
+    LLM.int8 adds none: its outlier channels are multiplied in full precision instead of in int8.
     Dynamic ranges are named, not counted: each asks for the extremes of a token, whose cost is waiting rather than arithmetic.
 
     Args:
@@ -73,6 +75,16 @@ def runtime_cost(model: PreTrainedModel, config: Config) -> RuntimeCost:
     if transforms.residual_scaling is not None:
         branches = heads + view.intermediate_size if transforms.residual_scaling.where == "input" else 2 * hidden
         added["S_n"] = branches
+    if centered := _centered(config):
+        sizes = {
+            "attn_in": hidden,
+            "o_in": heads,
+            "mlp_in": hidden,
+            "down_in": view.intermediate_size,
+            "k_cache": keys,
+            "v_cache": keys,
+        }
+        added["center"] = sum(sizes[site] for site in centered)
     if isinstance(config.quantization.prefix, list):
         added["prefix"] = 2 * heads * len(config.quantization.prefix)
     block_linears = hidden * (2 * heads + 2 * keys + 3 * view.intermediate_size)
@@ -81,6 +93,14 @@ def runtime_cost(model: PreTrainedModel, config: Config) -> RuntimeCost:
         block_linears * view.num_layers + hidden * int(model.config.vocab_size),
         _scales(config),
     )
+
+
+def _centered(config: Config) -> frozenset[str]:
+    quantization = config.quantization
+    parts = {
+        site: quantization.kv_cache if site in CACHE_SITES else quantization.activation for site in quantization.quantized_sites
+    }
+    return frozenset(site for site, part in parts.items() if part.centered) & CENTERED_POINTS
 
 
 def _scales(config: Config) -> Scales:

@@ -15,8 +15,8 @@ from fptquant.quantizers.grid import Granularity, IntegerGrid, PerChannel, PerTe
 from fptquant.quantizers.ranges import RangeMethod, RangeSetter
 from fptquant.quantizers.wide_buffers import WideBuffers
 
-Mode = Literal["off", "observe_range", "observe_errors", "on"]
-"""``off`` and the two observing modes pass values through unchanged; ``on`` simulates quantization."""
+Mode = Literal["off", "observe_mean", "observe_range", "observe_errors", "on"]
+"""``off`` and the observing modes pass values through unchanged; ``on`` simulates quantization."""
 
 
 class Quantizer(WideBuffers):
@@ -24,9 +24,11 @@ class Quantizer(WideBuffers):
 
     A static quantizer reads ``scale`` and ``zero_point`` from its buffers, a dynamic one computes them from each token; ``clip``,
     which training sets, multiplies the range that a dynamic one finds.
+    A centered one rounds x - center and adds the center again, as if every channel had a zero point of its own: a linear layer that
+    reads y can have it in its bias, and scores of queries and keys do not need it at all.
     Static ranges are set in two passes over the same batches, without keeping them: mode ``observe_range`` finds
     minimum and maximum, mode ``observe_errors`` (only if ``needs_errors``) the error of every candidate, then
-    ``finish_ranges()`` fills the buffers.
+    ``finish_ranges()`` fills the buffers. Centers come before, by mode ``observe_mean`` and ``finish_mean()``.
 
     Shape: x of any shape that the granularity fits; scale and zero_point as ``channel_layout`` says, or [groups] with a group size,
     in float32 (float64 if x is); they keep that dtype when the model is converted to a narrower one.
@@ -37,10 +39,13 @@ class Quantizer(WideBuffers):
         UserError: if a static quantizer is used before its range was set.
     """
 
-    wide: ClassVar[tuple[str, ...]] = ("scale", "zero_point", "clip")
+    wide: ClassVar[tuple[str, ...]] = ("scale", "zero_point", "clip", "center")
     scale: Tensor | None
     zero_point: Tensor | None
     clip: Tensor | None
+    center: Tensor | None
+    """What is subtracted before rounding and added after, [C], or [heads, 1, D] where there are heads; None for nothing. Keys could
+    do without the addition: q . center is the same for all keys of a query, and softmax does not see it."""
 
     def __init__(
         self,
@@ -52,6 +57,7 @@ class Quantizer(WideBuffers):
         full_precision_tokens: int = 0,
         group_size: int | None = None,
         outlier_threshold: float | None = None,
+        centered: bool = False,
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -66,8 +72,12 @@ class Quantizer(WideBuffers):
         """First tokens of each text that its caller marks as kept."""
         self.outlier_threshold = outlier_threshold
         """Channels in which any token of a pass is as large stay in full precision, and out of ranges (LLM.int8)."""
+        self.centered = centered
+        """Whether a center is to be found from calibration text."""
         self.mode: Mode = "off"
         self._setter: RangeSetter | None = None
+        self._sum: Tensor | None = None
+        self._seen = torch.float32
 
     @property
     def needs_errors(self) -> bool:
@@ -109,6 +119,12 @@ class Quantizer(WideBuffers):
         return large.any(dim=tuple(range(x.dim() - 1)), keepdim=True)
 
     def _fake_quant(self, x: Tensor) -> Tensor:
+        if self.center is None:
+            return self._round(x)
+        center = self.center.to(x.dtype)
+        return self._round(x - center) + center
+
+    def _round(self, x: Tensor) -> Tensor:
         if self.dynamic:
             with torch.no_grad():
                 scale, zero_point = ops.choose_qparams(x.detach(), grid=self.grid, clip_ratio=self.range_method.clip_ratio)
@@ -140,15 +156,20 @@ class Quantizer(WideBuffers):
         quantize at once.
         """
         whole = isinstance(self.granularity, PerTensor) and self.group_size is None and self.outlier_threshold is None
+        whole = whole and self.center is None
         return whole and self.mode == "on" and not self.dynamic and self.scale is not None and not self._forward_hooks
 
     @torch.no_grad()
     def _observe(self, x: Tensor, kept: Tensor | None) -> None:
-        if self.dynamic:
-            return
         x = x.detach() if kept is None else drop_kept(x.detach(), kept)
         if x.numel() == 0:
             return
+        if self.mode == "observe_mean":
+            self._observe_mean(x)
+        if self.dynamic or self.mode == "observe_mean":
+            return
+        if self.center is not None:
+            x = x - self.center.to(x.dtype)
         if self.group_size is not None:
             x = group_channels(x, self.group_size)
         if self.mode == "observe_range":
@@ -159,6 +180,43 @@ class Quantizer(WideBuffers):
             if self._setter is None:
                 raise UserError(f"quantizer {self.name}: observe_errors needs the pass observe_range before it")
             self._setter.observe_errors(x)
+
+    def _observe_mean(self, x: Tensor) -> None:
+        """Adds up values in float64, their number behind the last channel."""
+        if not self.centered:
+            return
+        tokens = (0, 2) if x.dim() == 4 else tuple(range(x.dim() - 1))
+        summed = x.sum(tokens, dtype=torch.float64)
+        count = summed.new_full((*summed.shape[:-1], 1), x.numel() / summed.numel())
+        found = torch.cat([summed, count], -1)
+        self._seen = torch.promote_types(x.dtype, torch.float32)
+        self._sum = found if self._sum is None else self._sum + found
+
+    @property
+    def observed_sum(self) -> Tensor | None:
+        """What mode ``observe_mean`` has added up so far [.., C + 1], the number of tokens last; None for nothing."""
+        return self._sum
+
+    @observed_sum.setter
+    def observed_sum(self, value: Tensor) -> None:
+        self._sum = value
+
+    def finish_mean(self) -> None:
+        """Turns the mean of what was observed into ``center`` and forgets it; quantizers that are not centered need nothing.
+
+        Raises:
+            UserError: if nothing was observed.
+        """
+        if not self.centered:
+            return
+        if self._sum is None:
+            raise self._saw_nothing()
+        center = (self._sum[..., :-1] / self._sum[..., -1:]).to(self._seen)
+        self.center = center if center.dim() == 1 else center[:, None, :]
+        self._sum = None
+
+    def _saw_nothing(self) -> UserError:
+        return UserError(f"quantizer {self.name} saw no value; is there calibration text besides the kept tokens?")
 
     @property
     def observed(self) -> RangeSetter | None:
@@ -177,7 +235,7 @@ class Quantizer(WideBuffers):
         if self.dynamic:
             return
         if self._setter is None:
-            raise UserError(f"quantizer {self.name} saw no value; is there calibration text besides the kept tokens?")
+            raise self._saw_nothing()
         scale, self.zero_point = self._setter.finish()
         self.scale = scale * SCALE_STRETCH
         self._setter = None
@@ -193,7 +251,8 @@ class Quantizer(WideBuffers):
         kind = "dynamic" if self.dynamic else "static"
         first = f", first {self.full_precision_tokens} kept" if self.full_precision_tokens else ""
         shared = self.granularity if self.group_size is None else f"groups of {self.group_size} channels"
-        return f"{self.name}: {self.grid.bits} bits, {kind}, {shared}{first}, mode={self.mode}"
+        centered = ", centered" if self.centered else ""
+        return f"{self.name}: {self.grid.bits} bits, {kind}, {shared}{centered}{first}, mode={self.mode}"
 
 
 def group_channels(x: Tensor, group_size: int) -> Tensor:

@@ -39,6 +39,9 @@ HEAD_AXIS_POINTS = frozenset({"q", "k_cache", "v_cache", "softmax_out"})
 HEAD_CHANNEL_POINTS = frozenset({"q_out", "k_out", "v_out", "o_in"})
 """Points whose channels are heads times head_dim."""
 
+CENTERED_POINTS = frozenset({"attn_in", "o_in", "mlp_in", "down_in"}) | CACHE_POINTS
+"""Points at which a constant that is added costs nothing after them: biases take it up, and softmax does not see it."""
+
 RESIDUAL_POINTS = frozenset({"residual_attn", "residual_mlp"})
 """Points between blocks and branches, which need the shared decoder layer."""
 
@@ -106,6 +109,8 @@ class QuantizerSpec:
     """Channels that share a static range, for all tokens."""
     outlier_threshold: float | None = None
     """Magnitude from which a channel stays in full precision."""
+    centered: bool = False
+    """Whether the mean of each channel is left out of what is rounded."""
 
     @property
     def grid(self) -> IntegerGrid:
@@ -123,6 +128,7 @@ class QuantizerSpec:
             full_precision_tokens=self.full_precision_tokens,
             group_size=self.group_size,
             outlier_threshold=self.outlier_threshold,
+            centered=self.centered,
         )
 
 
@@ -219,4 +225,5 @@ def _point_spec(quantization: QuantizationConfig, point: str, head_dim: int) -> 
         full_precision_tokens=quantization.full_precision_tokens if kept is None else kept,
         group_size=group_size,
         outlier_threshold=getattr(base, "outlier_threshold", None),
+        centered=base.centered and point in CENTERED_POINTS,
     )

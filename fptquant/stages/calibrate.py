@@ -93,15 +93,15 @@ def check_model(model: PreTrainedModel, config: Config) -> None:
 
 
 def needs_calibration_text(config: Config) -> bool:
-    """Whether any activation or cache quantizer of the config is static, activations are smoothed, or a prefix is searched for."""
+    """Whether calibration text is read: for static ranges, for centers, to smooth activations, or to search for a prefix."""
     quantization = config.quantization
     if config.smoothing is not None or config.transforms.block_rotation is not None:
         return True
     if quantization.prefix == AUTO_PREFIX and quantization.quantized_sites:
         return True
     overridden = any(override.bits not in (None, 16) for override in quantization.overrides.values())
-    static = [part for part in (quantization.activation, quantization.kv_cache) if not part.dynamic]
-    return any(part.bits < 16 for part in static) or bool(static and overridden)
+    reading = [part for part in (quantization.activation, quantization.kv_cache) if not part.dynamic or part.centered]
+    return any(part.bits < 16 for part in reading) or bool(reading and overridden)
 
 
 def calibration_windows(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fptquant.models.adapter import view_model
 from fptquant.models.instrument import iter_quantizers, quantized_linears, set_modes
-from fptquant.quantizers.quantizer import Mode
+from fptquant.quantizers.quantizer import Mode, Quantizer
 from fptquant.quantizers.ranges import RangeSetter
 from fptquant.stages.distributed import own, reduced, world_size
 from fptquant.stages.progress import Progress, quiet
@@ -30,12 +30,12 @@ def set_weight_ranges_(model: nn.Module, *, progress: Progress = quiet) -> None:
 
 @torch.no_grad()
 def set_activation_ranges_(model: PreTrainedModel, windows: Tensor, *, progress: Progress = quiet) -> None:
-    """Sets the ranges of activation and KV cache quantizers from calibration windows, and switches them on.
+    """Sets the centers and ranges of activation and KV cache quantizers from calibration windows, and switches them on.
 
     Two passes over the windows where a range is searched (min and max, then the error of every candidate), one where
-    min-max ranges suffice, none where all are dynamic. Nothing is quantized while values are observed, weights included:
-    every range is that of the full-precision model's values. No activation is kept, whatever the number of windows. Several
-    processes take turns at the windows.
+    min-max ranges suffice, none where all are dynamic; one more, before, for centers. Nothing is quantized while values are
+    observed, weights included: every range is that of the full-precision model's values. No activation is kept, whatever the
+    number of windows. Several processes take turns at the windows.
 
     Shape:
         windows: [windows, window], int64.
@@ -71,26 +71,40 @@ def observe_windows_(
     quantizers = [quantizer for kind in ("activation", "kv_cache") for _, quantizer in iter_quantizers(module, kind)]
     weights = {quantizer: quantizer.mode for _, quantizer in iter_quantizers(module, "weight")}
     static = [quantizer for quantizer in quantizers if not quantizer.dynamic]
-    passes: list[Mode] = ["observe_range"] if static else ["off"] * at_least_once
+    passes: list[Mode] = ["observe_mean"] if any(quantizer.centered for quantizer in quantizers) else []
+    passes += ["observe_range"] if static else ["off"] * (at_least_once and not passes)
     passes += ["observe_errors"] if any(quantizer.needs_errors for quantizer in static) else []
     set_modes(module, "off", "weight")
     shared = shared and windows >= world_size()
     indices = own(range(windows)) if shared else range(windows)
     for number, mode in enumerate(passes):
-        for quantizer in static:
+        for quantizer in quantizers if mode == "observe_mean" else static:
             quantizer.mode = mode
         for done, index in enumerate(indices, start=number * len(indices) + 1):
             with torch.inference_mode():  # not around finish_ranges: a backward pass could not use such scales
                 run(index)
             progress(done, len(passes) * len(indices), "activation ranges")
-        if shared:
+        if shared and mode == "observe_mean":
+            _add_up_(quantizers)
+        elif shared:
             _combine_([quantizer.observed for quantizer in static if quantizer.observed is not None], mode)
+        if mode == "observe_mean":
+            for quantizer in quantizers:
+                quantizer.finish_mean()
+                quantizer.mode = "off"
     for quantizer in static:
         quantizer.finish_ranges()
     for quantizer in quantizers:
         quantizer.mode = "on"
     for quantizer, previous in weights.items():
         quantizer.mode = previous
+
+
+def _add_up_(quantizers: Sequence[Quantizer]) -> None:
+    """Gives every process the sums of all."""
+    for quantizer in quantizers:
+        if quantizer.observed_sum is not None:
+            quantizer.observed_sum = reduced(quantizer.observed_sum, "sum")
 
 
 def _combine_(setters: Sequence[RangeSetter], mode: Mode) -> None:

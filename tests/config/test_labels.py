@@ -31,6 +31,9 @@ def test_a_setting_says_what_a_table_must_mention() -> None:
     given = {**expand_label("w4a4kv4-static"), "overrides": {"o_in": {"full_precision_tokens": 2}}}
     setting = QuantizationConfig.model_validate(given).setting
     assert setting == "w4a4kv4-static, first 2 tokens in full precision at o_in"
+    given = expand_label("w4a16kv4-static")
+    given["activation"]["centered"] = given["kv_cache"]["centered"] = True
+    assert QuantizationConfig.model_validate(given).setting == "w4a16kv4-static, cache centered"
 
 
 @pytest.mark.parametrize("label", ["", "w4", "a4w4", "w4b4", "w4a4-fast", "w4a4-g64-static", "W4A4"])

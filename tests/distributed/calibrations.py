@@ -35,6 +35,7 @@ BLOCKS = [
 QUANTIZATION = [
     "quantization=w4a4kv4-static",
     "quantization.activation.range={method: lp, candidates: 10}",
+    "quantization.kv_cache.centered=true",
     "calibration.windows=3",
 ]
 RATES = "query_key_rotation: 0.005, value_mixing: 0.005, up_scaling: 0.005, residual_rotation: 0.003, weight_range: 0.005"

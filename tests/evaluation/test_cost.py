@@ -62,6 +62,10 @@ def test_what_is_left_to_do_at_run_time() -> None:
     }
     assert cost.share == sum(cost.added.values()) / cost.linears
     assert cost.scales == "static"
+    kv = load_config("rtn", "quantization=w4a4kv4-dynamic", "quantization.kv_cache.centered=true")
+    assert runtime_cost(model, kv).added == {"center": layers * 2 * keys}
+    both = load_config("rtn", "quantization=w4a4-static", "quantization.activation.centered=true")
+    assert runtime_cost(model, both).added == {"center": layers * (2 * hidden + heads + wide)}
     output = load_config("fptquant-local", "transforms.residual_scaling.where=output", "transforms.down_hadamard.block_size=8")
     assert runtime_cost(model, output).added["S_n"] == layers * 2 * hidden
     assert runtime_cost(model, output).added["T_d"] == layers * wide * 3

@@ -112,6 +112,7 @@ def test_the_search_for_a_prefix_finds_the_same(dtype: str, tmp_path: Path, monk
 
 
 PLAIN = ("transforms.down_hadamard=false", "transforms.residual_scaling=false")
+CENTERED = ("quantization.activation.centered=true", "quantization.kv_cache.centered=true")
 BARE = tuple(f"transforms.{name}=false" for name in ("query_key_rotation", "value_mixing", "up_scaling", "residual_rotation"))
 
 
@@ -129,6 +130,8 @@ BARE = tuple(f"transforms.{name}=false" for name in ("query_key_rotation", "valu
         pytest.param(("quantization.prefix=some text", "transforms.residual_scaling=true"), id="prefix"),
         pytest.param(("quantization=w4a4kv4-dynamic", "quantization.prefix=[7,3,7]"), id="prefix without text"),
         pytest.param(("quantization.activation.range.method=min_max", "quantization.kv_cache.range.method=min_max"), id="min max"),
+        pytest.param(CENTERED, id="centers"),
+        pytest.param(("quantization=w4a4kv4-dynamic", *CENTERED), id="centers of dynamic ranges"),
     ],
 )
 def test_every_kind_of_config_is_streamed(overrides: tuple[str, ...], tied: bool, tmp_path: Path) -> None:
