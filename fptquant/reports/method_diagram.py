@@ -231,7 +231,9 @@ def _round(axes: Axes, x: float, y: float, symbols: list[str]) -> None:
 
 
 def _draw_legend(axes: Axes, config: Config) -> None:
-    ranges = "ranges for every token" if config.quantization.activation.dynamic else "static ranges"
+    activation = config.quantization.activation
+    ranges = "ranges for every token" if activation.dynamic else "static ranges"
+    ranges += ", centered" if activation.centered else ""
     entries: list[tuple[str, str]] = [
         ("blue: merged into the weights", MERGED),
         ("orange: at run time", ONLINE),
