@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from fptquant.config.differences import differences
 from fptquant.config.loading import dump_config
@@ -69,7 +70,7 @@ def _check_cells(folder: Path, cells: Sequence[Cell]) -> None:
         wanted = yaml.safe_load(dump_config(cell.config))
         for place in (folder / cell.folder, partial_folder(folder / cell.folder)):
             saved = read_mapping(place / "config.yaml")
-            other = [] if saved is None else differences(saved, wanted, ignored=MAY_CHANGE)
+            other = [] if saved is None else differences(_with_newer_keys(saved), wanted, ignored=MAY_CHANGE)
             problems += [f"  {place.name}: {'; '.join(other)}"] if other else []
     for model, cell in {cell.model.name: cell for cell in cells}.items():
         saved = read_mapping(folder / model_folder(cell.model) / BASELINE)
@@ -79,6 +80,15 @@ def _check_cells(folder: Path, cells: Sequence[Cell]) -> None:
         raise UserError(
             "\n".join([f"{folder} has cells of other settings; set these as they were, or remove their folders:", *problems])
         )
+
+
+def _with_newer_keys(saved: dict[str, Any]) -> dict[str, Any]:
+    """A config as it was saved, keys that are newer than it at their defaults; as it is if it holds others that are gone."""
+    try:
+        found: dict[str, Any] = yaml.safe_load(dump_config(Config.model_validate(saved)))
+    except ValidationError:
+        return saved
+    return found
 
 
 @contextmanager

@@ -306,6 +306,21 @@ def test_a_table_does_not_mix_cells_of_other_settings(model: Path, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_a_cell_from_before_a_setting_existed_counts_as_with_its_default(model: Path, tmp_path: Path) -> None:
+    asked = {"methods": ["rtn"], "settings": ["w4a16"]}
+    made = make(grid(tmp_path / "out", model, **asked))
+    file = made.folder / "cells" / "tiny" / "rtn-w4a16" / "config.yaml"
+    text = file.read_text()
+    assert text.count("centered: false\n") == 2
+    file.write_text(re.sub(r" *centered: false\n", "", text))
+    again = make(grid(tmp_path / "out", model, **asked), resume=True)
+    assert [row.as_dict() for row in again.rows] == [row.as_dict() for row in made.rows]
+    file.write_text(text + "gone: 1\n")
+    with pytest.raises(UserError, match=r"(?s)cells of other settings.*rtn-w4a16: gone: 1, now absent"):
+        make(grid(tmp_path / "out", model, **asked), resume=True)
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_full_precision_of_another_model_is_not_taken_for_its_own(model: Path, tmp_path: Path) -> None:
     made = make(grid(tmp_path / "out", model, methods=["rtn"], settings=["w4a16"]))
     shutil.rmtree(made.folder / "cells" / "tiny" / "rtn-w4a16")
