@@ -10,6 +10,8 @@ from fptquant.evaluation.cost import runtime_cost
 from fptquant.ops.hadamard import hadamard_additions, hadamard_matrix
 from tests.models.tiny import ARCHITECTURES, tiny_model
 
+NOT_CENTERED = ("quantization.activation.centered=false", "quantization.kv_cache.centered=false")
+
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_linears_are_those_of_the_model(architecture: str) -> None:
@@ -28,7 +30,7 @@ def test_what_merges_costs_nothing() -> None:
 def test_kronecker_products_cost_the_sum_of_their_sizes_for_each_value() -> None:
     model = tiny_model("LlamaForCausalLM", hidden_size=24, intermediate_size=40)
     heads, head_dim, layers = model.config.num_attention_heads, model.config.head_dim, model.config.num_hidden_layers
-    config = load_config("fptquant-local", "transforms={kronecker: {}}", "local.method=none")
+    config = load_config("fptquant-local", "transforms={kronecker: {}}", "local.method=none", *NOT_CENTERED)
     expected = layers * (2 * 24 * (4 + 6) + 40 * (5 + 8) + heads * head_dim * heads)
     assert runtime_cost(model, config).added == {"P": expected}
 
@@ -36,7 +38,7 @@ def test_kronecker_products_cost_the_sum_of_their_sizes_for_each_value() -> None
 def test_rotations_of_blocks_cost_two_matrices_for_each_value() -> None:
     model = tiny_model("LlamaForCausalLM", hidden_size=24, intermediate_size=40)
     heads, layers = model.config.num_attention_heads * model.config.head_dim, model.config.num_hidden_layers
-    config = load_config("fptquant-local", "transforms={block_rotation: {block_size: 8}}", "local.method=none")
+    config = load_config("fptquant-local", "transforms={block_rotation: {block_size: 8}}", "local.method=none", *NOT_CENTERED)
     assert runtime_cost(model, config).added == {"D": layers * 2 * 8 * (24 + 24 + heads + 40)}
 
 
@@ -57,6 +59,7 @@ def test_what_is_left_to_do_at_run_time() -> None:
         "T_d": layers * wide * hadamard_additions(wide),
         "T_h": layers * (heads + keys) * hadamard_additions(settings.head_dim),
         "T_o": layers * heads * hadamard_additions(settings.num_attention_heads),
+        "center": layers * (2 * hidden + heads + wide + 2 * keys),
         "S_n": layers * (heads + wide),
         "prefix": layers * 2 * 2 * heads,
     }

@@ -104,7 +104,7 @@ def test_the_page_holds_every_part(run: Path, page: Path) -> None:
     result = json.loads((run / "metrics.json").read_text())["results"][1]["evaluation"]
     for shown in (
         f"{result['jsd']:.4f}",
-        "w4a8kv8-static, prefix of 1 token",
+        "w4a8kv8-static, activations and cache centered, prefix of 1 token",
         "end-to-end training",
         "block training",
         "range training",

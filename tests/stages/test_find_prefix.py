@@ -140,7 +140,8 @@ def test_a_calibrated_model_acts_as_if_it_had_read_the_prefix(prefix: str, ids: 
 
 def test_ranges_are_set_behind_the_prefix() -> None:
     model, tokenizer, prefix = model_of(), tiny_tokenizer(), [9, 4]
-    minimal = ["transforms={}", "norm_gains=kept", "quantization=w16a8-static", "quantization.activation.range={method: min_max}"]
+    ranges = "quantization.activation={centered: false, range: {method: min_max}}"
+    minimal = ["transforms={}", "norm_gains=kept", "quantization=w16a8-static", ranges]
     chosen = config(*minimal, f"quantization.prefix={prefix}")
     result = fq.calibrate(model, tokenizer, chosen, progress=quiet)
     seen: list[Tensor] = []
