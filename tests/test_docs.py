@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import itertools
 import json
 import re
 import shlex
@@ -247,6 +248,16 @@ def test_every_config_loads(path: Path) -> None:
         assert len(table_cells(table)) == len(table.models) * len(table.methods) * len(table.settings)
     else:
         assert fq.load_config(path).name == path.stem
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.parent.name == "tables"], ids=ids)
+def test_no_two_methods_of_a_table_are_the_same(path: Path) -> None:
+    """A recipe that changes can make an override of it say nothing."""
+    methods: dict[str, list[str]] = {}
+    for cell in table_cells(load_table(path)):
+        methods.setdefault(cell.config.name, []).append(cell.config.model_copy(update={"name": "any"}).model_dump_json())
+    alike = [(one, other) for one, other in itertools.combinations(methods, 2) if methods[one] == methods[other]]
+    assert not alike
 
 
 def test_the_operator_table_matches_the_tree() -> None:
