@@ -36,6 +36,9 @@ class RoundingConfig(StrictModel):
     damping: float = Field(default=0.01, gt=0, description="share of the Hessian's mean diagonal that is added to it (gptq)")
     static_groups: bool = Field(default=True, description="keep the group ranges that were set before rounding (gptq)")
     clip: bool = Field(default=False, description="narrow ranges so that the layers' outputs stay closest (nearest, gptq)")
+    token_weights: Literal["equal", "fisher"] = Field(
+        default="equal", description="fisher: tokens count by the gradients at their outputs (clip, gptq)"
+    )
     iterations: int = Field(default=200, ge=1, description="signed gradient steps of each block (autoround)")
     batch: int = Field(default=8, ge=1, description="windows of each iteration, at most all (autoround)")
     lr: float | None = Field(default=None, gt=0, description="first step, which falls to 0; null: 1 / iterations (autoround)")

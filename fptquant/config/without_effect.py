@@ -25,10 +25,10 @@ _RANGE_FIELDS = {
 }
 """The fields of a range that each static method reads."""
 
-_ROUNDING_TEXT = frozenset({"text", "windows", "window"})
+_CLIP_FIELDS = frozenset({"token_weights", "text", "windows", "window"})
 _ROUNDING_FIELDS = {
     "nearest": frozenset({"clip"}),
-    "gptq": frozenset({"clip", "act_order", "damping", "static_groups", "text", "windows", "window"}),
+    "gptq": frozenset({"clip", "token_weights", "act_order", "damping", "static_groups", "text", "windows", "window"}),
     "autoround": frozenset({"iterations", "batch", "lr", "learn_clipping", "text", "windows", "window"}),
 }
 """The fields that each rounding method reads."""
@@ -229,7 +229,7 @@ def _trained(config: Config, settings: OptimizationConfig) -> Iterator[WithoutEf
 def _rounding(config: Config) -> Iterator[WithoutEffect]:
     rounding, weight = config.rounding, config.quantization.weight
     for name in type(rounding).model_fields:
-        if rounding.clip and name in _ROUNDING_TEXT:
+        if rounding.clip and name in _CLIP_FIELDS:
             continue
         readers = [method for method, fields in _ROUNDING_FIELDS.items() if name in fields]
         if name != "method" and rounding.method not in readers:

@@ -13,6 +13,7 @@ from fptquant.quantizers.clip_range import clip_range_
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.rounding.hessian_pass import HessianPass
 from fptquant.rounding.round_blocks import round_blocks_
+from fptquant.rounding.token_weights import TokenWeights
 from fptquant.stages.progress import Progress, quiet
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def clip_ranges_(
     model: PreTrainedModel,
     windows: Tensor,
     *,
+    token_weights: TokenWeights | None = None,
     kept: KeptFiles | None = None,
     belongs_to: str = "",
     resume: bool = False,
@@ -51,11 +53,14 @@ def clip_ranges_(
         windows: [windows, window], int64, the calibration text.
 
     Args:
+        token_weights: as in `fptquant.rounding.hessian_pass.HessianPass`; what decides them is part of ``belongs_to``.
         kept, belongs_to, resume: as in `fptquant.rounding.round_blocks.round_blocks_`.
 
     Raises:
         UserError: if a weight has no quantizer, or transforms are not merged yet.
     """
-    blocks = round_blocks_(_Clipping(model, windows), kept=kept, belongs_to=belongs_to, resume=resume, progress=progress)
+    blocks = round_blocks_(
+        _Clipping(model, windows, token_weights), kept=kept, belongs_to=belongs_to, resume=resume, progress=progress
+    )
     linears = {name: report for block in blocks for name, report in block.report.items()}
     return ClippingReport(linears, sum(block.seconds for block in blocks))

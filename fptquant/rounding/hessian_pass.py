@@ -1,8 +1,8 @@
 """A pass over blocks that sees the Hessian of what meets each weight: what GPTQ and the search for clipping ratios share.
 
 The linears of a block are worked on in the order of its data flow: q, k and v, then o, gate and up, then down. All calibration
-windows go through a block at once; where they reach a linear, the Hessian of its input is summed and its weight or range changed
-before the pass goes on. So one pass of each block is enough, and one Hessian is in memory at a time.
+windows go through a block at once; where they reach a linear, the Hessian of its input is summed, each token by its weight, and its
+weight or range changed before the pass goes on. So one pass of each block is enough, and one Hessian is in memory at a time.
 
 Memory: hidden states of all windows, and while a block runs its activations for all windows (about five times
 tokens x intermediate_size), and the Hessian, columns^2 in float64.
@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fptquant.models.hooks import hooked
@@ -21,6 +22,7 @@ from fptquant.models.streaming import PartState
 from fptquant.quantizers.gptq import Hessian
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.rounding.round_blocks import BlockMethod, Linears, Tick
+from fptquant.rounding.token_weights import TokenWeights
 from fptquant.stages.distributed import broadcast_, own, reduced, world_size
 
 if TYPE_CHECKING:
@@ -31,10 +33,14 @@ class HessianPass(BlockMethod):
     """All windows go through a block at once, and its linears are worked on where they are reached.
 
     Several processes share the windows, and all get the weights and ranges of the main one.
+
+    Args:
+        token_weights: how much each token counts, of the windows that this process reads; all the same by default.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, windows: Tensor, token_weights: TokenWeights | None = None) -> None:
         super().__init__(model, windows)
+        self._token_weights = token_weights
         self._shared = len(windows) >= world_size()
         self._state: PartState | None = None
         self._last: tuple[Tensor, Tensor] | None = None
@@ -42,7 +48,10 @@ class HessianPass(BlockMethod):
 
     @abstractmethod
     def work_(self, linear: QuantizedLinear, quantizer: Quantizer, hessian: Tensor, name: str) -> dict[str, Any]:
-        """Changes a weight or its range; returns what is reported of it. Linears that read the same get the same Hessian."""
+        """Changes a weight or its range; returns what is reported of it.
+
+        Without weights of tokens, linears that read the same get the same Hessian.
+        """
 
     def begin(self) -> None:
         tokens = self.windows.to(self.model.device)
@@ -64,20 +73,24 @@ class HessianPass(BlockMethod):
         quantizer = linear.weight_quantizer
         assert quantizer is not None
         name = quantizer.name.removesuffix(".weight")
-        self._reports[name] = self.work_(linear, quantizer, self._hessian(linear, args[0]), name)
+        self._reports[name] = self.work_(linear, quantizer, self._hessian(linear, args[0], name), name)
         # Processors differ in the last bits, and then in the rounding.
         broadcast_(part for part in (linear.weight, quantizer.scale, quantizer.zero_point) if part is not None)
 
-    def _hessian(self, linear: QuantizedLinear, x: Tensor) -> Tensor:
+    def _hessian(self, linear: QuantizedLinear, x: Tensor, name: str) -> Tensor:
         """Of the inputs as they meet the weight, or that of the last linear if it read the same."""
-        changed = linear.input_quantizer is not None or bool(linear.online) or linear.scaled is not None
+        weighted = self._token_weights is not None
+        changed = weighted or linear.input_quantizer is not None or bool(linear.online) or linear.scaled is not None
         if self._last is not None and self._last[0] is x and not changed:
             return self._last[1]
         self._last = None
         inputs = linear.prepare_input(x)
         inverse = linear.context.inverse_scale(x) if linear.scaled == "output" else None
+        inputs = inputs if inverse is None else inputs * inverse
+        if self._token_weights is not None:
+            inputs = inputs * self._token_weights[name].sqrt()[..., None].to(x.device, torch.promote_types(x.dtype, torch.float32))
         hessian = Hessian(linear.in_features, x.device)
-        hessian.add(inputs if inverse is None else inputs * inverse)
+        hessian.add(inputs)
         matrix = hessian.matrix()
         self._last = (x, reduced(matrix, "sum") if self._shared else matrix)
         return self._last[1]

@@ -17,6 +17,7 @@ from fptquant.quantizers.gptq import Factor, GPTQOptions, factorize, gptq_round
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.rounding.hessian_pass import HessianPass
 from fptquant.rounding.round_blocks import round_blocks_
+from fptquant.rounding.token_weights import TokenWeights
 from fptquant.stages.progress import Progress, quiet
 
 if TYPE_CHECKING:
@@ -36,8 +37,10 @@ class LinearReport:
 class _GPTQ(HessianPass):
     """Rounds each weight where it is reached, with ``clip`` after its range was narrowed for the same inputs."""
 
-    def __init__(self, model: PreTrainedModel, windows: Tensor, options: GPTQOptions) -> None:
-        super().__init__(model, windows)
+    def __init__(
+        self, model: PreTrainedModel, windows: Tensor, options: GPTQOptions, token_weights: TokenWeights | None = None
+    ) -> None:
+        super().__init__(model, windows, token_weights)
         self.settings = options
         self._factor: tuple[Tensor, Factor] | None = None
 
@@ -66,6 +69,7 @@ def round_gptq_(
     windows: Tensor,
     options: GPTQOptions | None = None,
     *,
+    token_weights: TokenWeights | None = None,
     kept: KeptFiles | None = None,
     belongs_to: str = "",
     resume: bool = False,
@@ -79,12 +83,13 @@ def round_gptq_(
         windows: [windows, window], int64, the calibration text.
 
     Args:
+        token_weights: as in `fptquant.rounding.hessian_pass.HessianPass`; what decides them is part of ``belongs_to``.
         kept, belongs_to, resume: as in `fptquant.rounding.round_blocks.round_blocks_`.
 
     Raises:
         UserError: if a weight has no quantizer, transforms are not merged yet, or an input holds NaN or infinity.
     """
-    method = _GPTQ(model, windows, GPTQOptions() if options is None else options)
+    method = _GPTQ(model, windows, GPTQOptions() if options is None else options, token_weights)
     blocks = round_blocks_(method, kept=kept, belongs_to=belongs_to, resume=resume, progress=progress)
     linears = {name: LinearReport(**report) for block in blocks for name, report in block.report.items()}
     return GPTQReport(linears, sum(block.seconds for block in blocks))

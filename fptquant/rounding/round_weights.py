@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from fptquant.quantizers.gptq import GPTQOptions
 from fptquant.rounding.clip_ranges import clip_ranges_
 from fptquant.rounding.round_autoround import round_autoround_
 from fptquant.rounding.round_gptq import round_gptq_
+from fptquant.rounding.token_weights import TokenWeights, find_token_weights
 from fptquant.stages.progress import Progress, quiet
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ def round_(
     """
     kept = None if folder is None else KeptFiles(folder / FOLDER)
     windows = data.train[: round(len(data.train) / max(data.epochs, 1.0))]  # a text that is too short repeats: once is enough
+    belongs_to = f"{belongs_to} {config.rounding.token_weights} {config.seed}"
     method = {"nearest": _clip_, "gptq": _gptq_, "autoround": _autoround_}[config.rounding.method]
     found = method(model, windows, config, kept=kept, belongs_to=belongs_to, resume=resume, progress=progress)
     return {
@@ -93,21 +96,33 @@ def round_(
     }
 
 
+def _token_weights(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any) -> tuple[TokenWeights | None, float]:
+    """What they are, and the seconds that they took in this part of the run."""
+    if config.rounding.token_weights == "equal":
+        return None, 0.0
+    start = time.perf_counter()
+    found = find_token_weights(model, windows, seed=config.seed, **pass_)
+    return found, time.perf_counter() - start
+
+
 def _gptq_(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any) -> dict[str, Any]:
     settings = config.rounding
     options = GPTQOptions(
         act_order=settings.act_order, damping=settings.damping, static_groups=settings.static_groups, clip=settings.clip
     )
-    found = round_gptq_(model, windows, options, **pass_)
+    token_weights, seconds = _token_weights(model, windows, config, **pass_)
+    found = round_gptq_(model, windows, options, token_weights=token_weights, **pass_)
     return {
-        "seconds": found.seconds,
+        "seconds": seconds + found.seconds,
         "damped_further": [name for name, report in found.linears.items() if report.damping > options.damping],
         "linears": {name: asdict(report) for name, report in found.linears.items()},
     }
 
 
 def _clip_(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any) -> dict[str, Any]:
-    return asdict(clip_ranges_(model, windows, **pass_))
+    token_weights, seconds = _token_weights(model, windows, config, **pass_)
+    found = clip_ranges_(model, windows, token_weights=token_weights, **pass_)
+    return asdict(replace(found, seconds=seconds + found.seconds))
 
 
 def _autoround_(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any) -> dict[str, Any]:

@@ -85,6 +85,14 @@ def test_the_weights_are_rounded_reported_and_saved(tmp_path: Path) -> None:
     assert torch.equal(loaded(tokens).logits, result.model(tokens).logits)
 
 
+def test_weights_of_tokens_change_what_is_rounded_and_clipped() -> None:
+    for overrides in ([], ["rounding.clip=true", "rounding.method=nearest"]):
+        plain, weighted = calibrate(config(*overrides)), calibrate(config(*overrides, "rounding.token_weights=fisher"))
+        assert plain.metrics["rounding"]["linears"].keys() == weighted.metrics["rounding"]["linears"].keys()
+        weights = (result.model.get_submodule("model.layers.1.mlp.up_proj").quantized_weight() for result in (plain, weighted))
+        assert not torch.equal(*weights)
+
+
 def test_weights_in_full_precision_are_left_alone() -> None:
     nearest = fq.load_config("fptquant-local", "quantization=w16a8-static", "calibration.windows=2", "calibration.window=48")
     chosen = nearest.model_copy(update={"rounding": config().rounding})
@@ -114,7 +122,9 @@ def test_a_window_longer_than_the_context_is_refused_before_any_work() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["quantization=w4a8kv8-static-g16", "rounding.static_groups=false"]], ids=["channels", "groups"]
+    "options",
+    [[], ["quantization=w4a8kv8-static-g16", "rounding.static_groups=false"], ["rounding.token_weights=fisher"]],
+    ids=["channels", "groups", "fisher"],
 )
 def test_a_run_that_stops_goes_on_with_the_blocks_that_are_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
@@ -123,7 +133,9 @@ def test_a_run_that_stops_goes_on_with_the_blocks_that_are_left(
     monkeypatch.setattr("fptquant.rounding.round_weights.KeptFiles", partial(KeptFiles, seconds=0))
     with pytest.raises(KeyboardInterrupt):
         calibrate(chosen, tmp_path, stop_after=2)
-    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["block-0.safetensors", "block-1.safetensors"]
+    weights = ["token-weights-0.safetensors"] * (chosen.rounding.token_weights == "fisher")
+    kept = sorted(path.name for path in (tmp_path / FOLDER).iterdir())
+    assert kept == ["block-0.safetensors", "block-1.safetensors", *weights]
     rounded: list[str] = []
     once = round_gptq.gptq_round
 
