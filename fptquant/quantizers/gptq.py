@@ -68,11 +68,19 @@ class Hessian:
         self._upper = torch.zeros(columns, columns, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, x: Tensor) -> None:
-        """Adds inputs [..., columns], whose products are summed in float32 (float64 if they are) over 2,048 at a time."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Adds inputs, whose products are summed in float32 (float64 if they are) over 2,048 at a time.
+
+        Shape:
+            x: [..., columns]
+            weights: [...], how often each input counts; once by default.
+        """
         wide = torch.promote_types(x.dtype, torch.float32)
-        for rows in torch.split(x.reshape(-1, x.shape[-1]), _ROWS):
+        roots = None if weights is None else weights.reshape(-1, 1).to(wide).sqrt()
+        for number, rows in enumerate(torch.split(x.reshape(-1, x.shape[-1]), _ROWS)):
             values = rows.to(wide)
+            if roots is not None:
+                values = values * roots[number * _ROWS : (number + 1) * _ROWS]
             for begin in range(0, x.shape[-1], _BLOCK):
                 end = begin + _BLOCK
                 self._upper[begin:end, begin:] += values[:, begin:end].T @ values[:, begin:]

@@ -62,6 +62,17 @@ def test_the_hessian_is_the_sum_of_products(dtype: torch.dtype) -> None:
     assert torch.equal(found.matrix(), found.matrix().T)
 
 
+def test_inputs_can_count_more_or_less() -> None:
+    """More rows than are summed at a time; a weight of 0 leaves an input out, one of 2 is the input twice."""
+    inputs, weights = random(2, 2500, 40, seed=1), random(2, 2500, seed=2).abs()
+    weights[0, :100] = 0
+    found = Hessian(40, inputs.device)
+    found.add(inputs, weights)
+    rows = inputs.view(-1, 40)
+    torch.testing.assert_close(found.matrix(), rows.T @ (weights.view(-1, 1) * rows), rtol=1e-12, atol=1e-10)
+
+
+
 @pytest.mark.parametrize("act_order", [False, True])
 def test_the_factor_is_that_of_the_inverse(act_order: bool) -> None:
     h = hessian()
