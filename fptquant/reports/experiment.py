@@ -38,7 +38,7 @@ from fptquant.reports.statistics import (
 from fptquant.reports.table import Row, markdown_table
 from fptquant.reports.unfinished_run import EVALUATION, check_run, config_files, lasting_run_folder, note_checkpoint
 from fptquant.reports.zero_shot import zero_shot_markdown
-from fptquant.rounding.round_weights import check_rounding
+from fptquant.rounding.round_weights import check_rounding, rounding_bytes
 from fptquant.stages.calibrate import CalibrationResult, calibrate, calibration_windows, check_model
 from fptquant.stages.distributed import is_main, main_first, main_holds, on_main, world_size
 from fptquant.stages.find_prefix import check_prefix
@@ -183,7 +183,7 @@ def needed_bytes(opened: Opened, configs: Sequence[Config], *, save: bool) -> in
     # Untying adds a head as large as the embedding, at most as much again; the smaller files are within the rest.
     embedding = view_model(model).embedding.weight
     saved = int(1.05 * (parameters + embedding.numel() * embedding.element_size())) if save else 0
-    rounded = parameters if any(config.rounds for config in configs) else 0
+    rounded = max(rounding_bytes(model, config) for config in configs)
     return states + rounded + len(configs) * (_REPORT_BYTES + saved)
 
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
+from fptquant.errors import UserError
+from fptquant.models.adapter import LINEAR_NAMES, view_model
 from fptquant.models.hooks import hooked
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.models.streaming import PartState
@@ -35,11 +36,16 @@ class HessianPass(BlockMethod):
     Several processes share the windows, and all get the weights and ranges of the main one.
 
     Args:
-        token_weights: how much each token counts, of the windows that this process reads; all the same by default.
+        token_weights: how much each token of the windows counts for each linear; all the same by default.
+
+    Raises:
+        UserError: if the weights of tokens are not those of these windows and linears.
     """
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, token_weights: TokenWeights | None = None) -> None:
         super().__init__(model, windows)
+        if token_weights is not None:
+            _check_token_weights(model, windows, token_weights)
         self._token_weights = token_weights
         self._shared = len(windows) >= world_size()
         self._state: PartState | None = None
@@ -87,10 +93,24 @@ class HessianPass(BlockMethod):
         inputs = linear.prepare_input(x)
         inverse = linear.context.inverse_scale(x) if linear.scaled == "output" else None
         inputs = inputs if inverse is None else inputs * inverse
+        weights = None
         if self._token_weights is not None:
-            inputs = inputs * self._token_weights[name].sqrt()[..., None].to(x.device, torch.promote_types(x.dtype, torch.float32))
+            weights = self._token_weights[name]
+            weights = (own(weights) if self._shared else weights).to(x.device)
         hessian = Hessian(linear.in_features, x.device)
-        hessian.add(inputs)
+        hessian.add(inputs, weights)
         matrix = hessian.matrix()
         self._last = (x, reduced(matrix, "sum") if self._shared else matrix)
         return self._last[1]
+
+
+def _check_token_weights(model: PreTrainedModel, windows: Tensor, token_weights: TokenWeights) -> None:
+    names = {f"layers.{block.index}.{name}" for block in view_model(model).blocks for name in LINEAR_NAMES}
+    if names - token_weights.keys():
+        raise UserError(f"no weights of tokens for {min(names - token_weights.keys())}; find them with find_token_weights")
+    for name, weights in token_weights.items():
+        if weights.shape != windows.shape:
+            raise UserError(
+                f"the weights of tokens for {name} have the shape {list(weights.shape)}, but the windows {list(windows.shape)}; "
+                "find them with find_token_weights for these windows"
+            )

@@ -80,7 +80,7 @@ class RoundedBlock:
     seconds: float
 
 
-def _linears(block: BlockView) -> Linears:
+def linears_to_round(block: BlockView) -> Linears:
     """The linears of a block by name.
 
     Raises:
@@ -163,7 +163,7 @@ def _round_blocks_(
     method: BlockMethod, kept: KeptFiles | None, belongs_to: str, resume: bool, progress: Progress
 ) -> list[RoundedBlock]:
     view, decoder = view_model(method.model), method.decoder
-    linears = [_linears(block) for block in view.blocks]
+    linears = [linears_to_round(block) for block in view.blocks]
     if kept is not None:
         belongs_to = f"{belongs_to} {method.settings} {tensors_digest(method.windows)} {model_digest(method.model)}"
     with decoder.only(-1):

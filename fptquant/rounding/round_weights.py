@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from fptquant.data.text import load_text
 from fptquant.data.training import TrainingData, training_windows
 from fptquant.data.windows import check_window
 from fptquant.files import KeptFiles
+from fptquant.models.adapter import LINEAR_NAMES
 from fptquant.quantizers.autoround import AutoRoundOptions
 from fptquant.quantizers.gptq import GPTQOptions
 from fptquant.rounding.clip_ranges import clip_ranges_
@@ -36,6 +36,17 @@ def check_rounding(model: PreTrainedModel, config: Config) -> None:
     """
     if config.rounds:
         check_window(model.config, config.rounding.window, "rounding.window")
+
+
+def rounding_bytes(model: PreTrainedModel, config: Config) -> int:
+    """Disk space that rounding needs until it is finished: for all weights, and for the weights of tokens."""
+    settings = config.rounding
+    if not config.rounds:
+        return 0
+    parameters = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    tokens = settings.windows * settings.window if settings.token_weights == "fisher" else 0
+    size = max(model.dtype.itemsize, 4)
+    return parameters + tokens * size * len(LINEAR_NAMES) * int(model.config.num_hidden_layers)
 
 
 def rounding_data(
@@ -97,12 +108,10 @@ def round_(
 
 
 def _token_weights(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any) -> tuple[TokenWeights | None, float]:
-    """What they are, and the seconds that they took in this part of the run."""
+    """What they are, and the seconds that they took in all parts of the run."""
     if config.rounding.token_weights == "equal":
         return None, 0.0
-    start = time.perf_counter()
-    found = find_token_weights(model, windows, seed=config.seed, **pass_)
-    return found, time.perf_counter() - start
+    return find_token_weights(model, windows, seed=config.seed, **pass_)
 
 
 def _gptq_(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """How much the error at each token counts: its part of the Fisher information of a linear's output.
 
-To second order, errors e_t at the outputs of a linear change the next-token distributions by sum_t (g_t . e_t)^2 / 2 on average,
-with g_t the gradient of -log p(label) at the output of token t and the label drawn from the model's own distribution: the
-divergence of the quantized model from itself in full precision. The rows of a weight are rounded for one Hessian, and so the
-weight of a token is |g_t|^2, and the Hessian sum_t |g_t|^2 x_t x_t^T in place of sum_t x_t x_t^T. Tokens that nothing later
-depends on count little; massive ones do not drown all others.
+Let e_t be the error at a linear's output at token t, and g_t the gradient of -log p(label) there, the label drawn from the model's
+own distribution. To second order, the divergence of the model from itself in full precision is half the mean over labels of
+(sum_t g_t . e_t)^2. Three approximations lead to one Hessian for all rows of a weight: products of two tokens are left out,
+|g_t|^2 times the identity stands for g_t g_t^T, and one draw of labels for their mean. Then a token's weight is |g_t|^2, and the
+Hessian sum_t |g_t|^2 x_t x_t^T in place of sum_t x_t x_t^T. Tokens that nothing later depends on count little; massive ones do
+not drown all others.
 
-The gradients are those of the model as it stands, transforms merged and quantizers off: one pass forward and one back for each
+The gradients are those of the model as it stands, transforms merged and quantizers off: two passes forward and one back for each
 window, block by block, without gradients of weights. Memory: the hidden states of one window before every block, the activations of
 one block, and float32 [linears, windows, window].
 
@@ -15,6 +16,8 @@ Source: GuidedQuant (Kim et al., arXiv 2505.07004), which has several groups of 
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,22 +26,24 @@ from torch import Tensor, nn
 
 from fptquant import ops
 from fptquant.errors import UserError
-from fptquant.evaluation.hidden import logit_chunks, output_head
+from fptquant.evaluation.hidden import check_finite, logit_chunks, output_head
 from fptquant.files import KeptFile, KeptFiles, read_file, to_bytes
 from fptquant.fingerprint import model_digest, tensors_digest
 from fptquant.models.adapter import LINEAR_NAMES, view_model
 from fptquant.models.hooks import hooked
 from fptquant.models.instrument import get_context, quantizers_off
 from fptquant.models.streaming import PartialDecoder, PartState
-from fptquant.stages.distributed import own, rank, reduced, world_size
+from fptquant.rounding.round_blocks import linears_to_round
+from fptquant.stages.distributed import gathered, is_main, on_main, rank
 from fptquant.stages.progress import Progress, quiet, tell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TokenWeights = dict[str, Tensor]
-"""By linear, ``layers.3.q_proj``: [windows, window], float32 (float64 for a model of that), 1 on average."""
+"""By linear, ``layers.3.q_proj``: [windows, window], float32 (float64 for a model of that) on the CPU, 1 on average."""
 
+_FILE = "token-weights.safetensors"
 _DESCRIPTION = "weights of tokens"
 
 
@@ -52,77 +57,75 @@ def find_token_weights(
     belongs_to: str = "",
     resume: bool = False,
     progress: Progress = quiet,
-) -> TokenWeights:
-    """The weight of each token for each linear of an instrumented model whose transforms are merged.
+) -> tuple[TokenWeights, float]:
+    """The weight of each token for each linear of an instrumented model, and the seconds that they took in all parts of the run.
 
-    Several processes share the windows if there are enough for all; each gets the weights of those that it reads
-    (`fptquant.stages.distributed.own`), and their mean is that of all.
+    Several processes share the windows, and each gets the weights of all.
 
     Shape:
         windows: [windows, window], int64, the calibration text.
 
     Args:
         seed: of the labels, which are drawn for each window by its number.
-        kept: where what was found for finished windows is kept.
-        belongs_to: what decides the result besides windows, weights and static ranges.
+        kept: where what was found for finished windows is kept, by the main process.
+        belongs_to: what decides the result besides seed, windows, weights and static ranges.
         resume: go on with the windows that are kept, if they belong to this run.
 
     Raises:
-        UserError: if a gradient is not finite; names the linear and the window.
+        UserError: if a weight has no quantizer or transforms are not merged yet, before any work; if logits or a gradient are not
+            finite, with the names of the window and of the module or linear.
     """
-    shared = len(windows) >= world_size()
-    numbers = torch.arange(len(windows))
-    numbers = own(numbers) if shared else numbers
-    file = None
+    for block in view_model(model).blocks:
+        linears_to_round(block)
+    file, found, before = None, list[TokenWeights](), 0.0
     if kept is not None:
-        belongs_to = f"{belongs_to} {seed} {world_size()} {tensors_digest(windows)} {model_digest(model)}"
-        file = kept.file(f"token-weights-{rank()}.safetensors")
-    found = _read(file, belongs_to) if file is not None and resume else []
-    fisher = _Fisher(model)
+        file = kept.file(_FILE)
+        belongs_to = f"{belongs_to} {seed} {tensors_digest(windows)} {model_digest(model)}"
+        found, before = on_main(lambda: _read(file, belongs_to)) if resume else (found, before)
+    start, fisher = time.perf_counter() - before, _Fisher(model)
     with quantizers_off(model):
-        for number in numbers[len(found) :].tolist():
-            found.append(fisher.of_window(windows[number].to(model.device), seed, number))
-            if file is not None:
-                _write(file, belongs_to, found)
-            tell(progress, len(found), len(numbers), _DESCRIPTION, "")
-    return _normalized(found, shared)
+        while len(found) < len(windows):
+            number = len(found) + rank()
+            mine = fisher.of_window(windows[number].to(model.device), seed, number) if number < len(windows) else None
+            found += [each for each in gathered(mine) if each is not None]
+            if file is not None and is_main():
+                _write(file, belongs_to, found, time.perf_counter() - start)
+            tell(progress, len(found), len(windows), _DESCRIPTION, "")
+    return _normalized(found), time.perf_counter() - start
 
 
-def _normalized(found: Sequence[TokenWeights], shared: bool) -> TokenWeights:
-    """1 on average over the windows of all processes; where no token counts, all count the same."""
+def _normalized(found: Sequence[TokenWeights]) -> TokenWeights:
+    """1 on average; where no token counts, all count the same."""
     weights: TokenWeights = {}
     for name in found[0]:
-        own_weights = torch.stack([each[name] for each in found])
-        sums = torch.stack([own_weights.double().sum(), own_weights.new_tensor(own_weights.numel(), dtype=torch.float64)])
-        total, number = (reduced(sums, "sum") if shared else sums).unbind()
-        weights[name] = own_weights * (number / total).to(own_weights.dtype) if total > 0 else torch.ones_like(own_weights)
+        whole = torch.stack([each[name] for each in found])
+        mean = float(whole.double().mean())
+        weights[name] = whole / mean if mean > 0 else torch.ones_like(whole)
     return weights
 
 
-def _write(file: KeptFile, belongs_to: str, found: Sequence[TokenWeights]) -> None:
+def _write(file: KeptFile, belongs_to: str, found: Sequence[TokenWeights], seconds: float) -> None:
     """When it is time (`KeptFiles`)."""
-
-    def content() -> bytes:
-        return to_bytes(
-            {f"{number}/{name}": value.cpu() for number, each in enumerate(found) for name, value in each.items()},
-            {"belongs_to": belongs_to, "windows": len(found)},
-        )
-
-    file.write(content)
+    rest = {"belongs_to": belongs_to, "seconds": seconds}
+    finished = list(found)
+    file.write(lambda: to_bytes({name: torch.stack([each[name] for each in finished]) for name in finished[0]}, rest))
 
 
-def _read(file: KeptFile, belongs_to: str) -> list[TokenWeights]:
-    """What is kept of finished windows; nothing if there is no file of this run."""
+def _read(file: KeptFile, belongs_to: str) -> tuple[list[TokenWeights], float]:
+    """What is kept of finished windows, and their seconds; nothing if there is no file of this run."""
     if not file.path.is_file():
-        return []
+        return [], 0.0
     tensors, rest = read_file(file.path)
     if rest["belongs_to"] != belongs_to:
-        return []
-    found: list[TokenWeights] = [{} for _ in range(rest["windows"])]
-    for key, value in tensors.items():
-        number, _, name = key.partition("/")
-        found[int(number)][name] = value
-    return found
+        return [], 0.0
+    finished = min(len(value) for value in tensors.values())
+    return [{name: value[number] for name, value in tensors.items()} for number in range(finished)], rest["seconds"]
+
+
+def _generator(seed: int, number: int, device: torch.device) -> torch.Generator:
+    """Of the labels of a window. A generator may keep no more than 32 bits of its seed, so both are mixed into those."""
+    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 class _Fisher:
@@ -134,10 +137,10 @@ class _Fisher:
         self.decoder = PartialDecoder(model, get_context(model))
 
     def of_window(self, window: Tensor, seed: int, number: int) -> TokenWeights:
-        """|g_t|^2 of every linear's output, [window] each, for labels that are drawn by seed and number.
+        """|g_t|^2 of every linear's output, [window] each on the CPU, for labels that are drawn by seed and number.
 
         Raises:
-            UserError: if a gradient is not finite; names the linear and the window.
+            UserError: as `find_token_weights`.
         """
         layers = self.view.num_layers
         state: PartState | None = None
@@ -146,8 +149,7 @@ class _Fisher:
             with self.decoder.only(part):
                 state = self.decoder.run(window[None], state)
             states.append(state)
-        generator = torch.Generator(window.device).manual_seed((seed * 2**32 + number) % 2**63)
-        gradients = self._of_head(window, states.pop(), generator)
+        gradients = self._of_head(window, states.pop(), _generator(seed, number, window.device), number)
         found: TokenWeights = {}
         for index in reversed(range(layers)):
             # backwards, so that the first gradient that is not finite is where that began
@@ -160,22 +162,23 @@ class _Fisher:
                         f"the gradient at the output of {name} is not finite in window {number} of the calibration text; set "
                         "rounding.token_weights=equal, or use a wider dtype (dtype=float32)"
                     )
-                found[name] = weight
+                found[name] = weight.cpu()
         return found
 
-    def _of_head(self, window: Tensor, state: PartState, generator: torch.Generator) -> list[Tensor | None]:
+    def _of_head(self, window: Tensor, state: PartState, generator: torch.Generator, number: int) -> list[Tensor | None]:
         """Gradients of the sum over tokens of -log p(label) at what the final norm reads."""
-        head = output_head(self.model)
         with self.decoder.only(self.view.num_layers), torch.enable_grad():
             leaves = _leaves(state)
             normalized = self.decoder.run(window[None], leaves).hidden
-            gradient = torch.empty_like(normalized)
-            hidden = normalized[0].detach().requires_grad_()
-            for where, logits in logit_chunks(head, self.model.config.vocab_size, hidden):
+        hidden = normalized[0].detach().requires_grad_()
+        gradient = torch.empty_like(hidden)
+        with torch.enable_grad():
+            for where, logits in logit_chunks(output_head(self.model), self.model.config.vocab_size, hidden):
+                check_finite(self.model, window, logits.detach().logsumexp(-1), where.start, number)
                 labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
                 loss = ops.cross_entropy(logits, labels).sum()
-                gradient[0, where] = torch.autograd.grad(loss, hidden)[0][where]
-            return _gradients([normalized], [gradient], _inputs(leaves))
+                gradient[where] = torch.autograd.grad(loss, hidden)[0][where]
+        return _gradients([normalized], [gradient[None]], _inputs(leaves))
 
     def _back(
         self, part: int, window: Tensor, state: PartState, gradients: list[Tensor | None], watched: Sequence[nn.Module]

@@ -133,7 +133,7 @@ def test_a_run_that_stops_goes_on_with_the_blocks_that_are_left(
     monkeypatch.setattr("fptquant.rounding.round_weights.KeptFiles", partial(KeptFiles, seconds=0))
     with pytest.raises(KeyboardInterrupt):
         calibrate(chosen, tmp_path, stop_after=2)
-    weights = ["token-weights-0.safetensors"] * (chosen.rounding.token_weights == "fisher")
+    weights = ["token-weights.safetensors"] * (chosen.rounding.token_weights == "fisher")
     kept = sorted(path.name for path in (tmp_path / FOLDER).iterdir())
     assert kept == ["block-0.safetensors", "block-1.safetensors", *weights]
     rounded: list[str] = []
