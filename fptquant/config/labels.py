@@ -102,10 +102,20 @@ def canonical_label(label: str) -> str:
 
 def setting_notes(quantization: QuantizationConfig) -> Iterator[str]:
     """Everything that no label says and a table of results must mention."""
-    used = quantization.quantized_sites
+    if quantization.quantized_sites:
+        yield from _part_notes(quantization)
+    prefix = quantization.prefix
+    if isinstance(prefix, list) and quantization.has_prefix:
+        yield f"prefix of {_tokens(len(prefix))}"
+    elif quantization.has_prefix:
+        yield "automatic prefix" if prefix == AUTO_PREFIX else f"prefix {prefix!r}"
+    if quantization.quantized_sites:
+        yield from _override_notes(quantization)
+
+
+def _part_notes(quantization: QuantizationConfig) -> Iterator[str]:
+    """Of activations and cache."""
     parts: tuple[Any, ...] = (quantization.activation, quantization.kv_cache)
-    if not used:
-        return
     if quantization.sites != "linears_kv" and any(part.bits < 16 for part in parts):
         yield f"sites {quantization.sites}"
     for what, part, usual in zip(("activations", "cache"), parts, ("per_tensor", "per_head"), strict=True):
@@ -119,15 +129,14 @@ def setting_notes(quantization: QuantizationConfig) -> Iterator[str]:
         yield f"channels from {threshold:g} in full precision"
     if quantization.full_precision_tokens:
         yield f"first {_tokens(quantization.full_precision_tokens)} in full precision"
-    prefix = quantization.prefix
-    if isinstance(prefix, list):
-        yield f"prefix of {_tokens(len(prefix))}"
-    elif prefix is not None:
-        yield "automatic prefix" if prefix == AUTO_PREFIX else f"prefix {prefix!r}"
+
+
+def _override_notes(quantization: QuantizationConfig) -> Iterator[str]:
+    """Of single sites."""
     for site, override in quantization.overrides.items():
         if override.bits is not None:
             yield f"{site} at {override.bits} bits"
-        if site not in used:
+        if site not in quantization.quantized_sites:
             continue
         if override.granularity is not None:
             yield f"{site} {_shared(override.granularity, override.group_size)}"

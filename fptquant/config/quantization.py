@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from fptquant.config.labels import expand_label, setting_label, setting_notes
+from fptquant.config.labels import AUTO_PREFIX, expand_label, setting_label, setting_notes
 from fptquant.config.strict import StrictModel
 
 SitePoint = Literal[
@@ -207,6 +207,15 @@ class QuantizationConfig(StrictModel):
     def has_ranges(self) -> bool:
         """Whether anything is quantized."""
         return self.weight.bits < 16 or bool(self.quantized_sites)
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether keys and values stand before every text: where anything is quantized, if a prefix is given.
+
+        A search (``auto``) is for ranges, and is left out where weights alone are quantized.
+        """
+        searched = self.prefix == AUTO_PREFIX
+        return self.prefix is not None and (bool(self.quantized_sites) if searched else self.has_ranges)
 
     @property
     def setting(self) -> str:

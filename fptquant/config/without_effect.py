@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from fptquant.config.labels import AUTO_PREFIX
 from fptquant.config.quantization import CACHE_SITES, QuantizationConfig, RangeConfig
 from fptquant.config.schema import Config
 from fptquant.config.training import TRAINED_TRANSFORMS, TRAINING_STAGES, BlockTrainingConfig, EndToEndConfig, OptimizationConfig
@@ -184,7 +185,11 @@ def _tokens(quantization: QuantizationConfig) -> Iterator[WithoutEffect]:
     if quantization.quantized_sites:
         return
     message = "neither activations nor cache are quantized; set quantization.activation.bits or remove it"
-    yield from _changed(quantization, "quantization", ("full_precision_tokens", "prefix"), message, by_label=True)
+    yield from _changed(quantization, "quantization", ("full_precision_tokens",), message, by_label=True)
+    if quantization.prefix == AUTO_PREFIX and quantization.has_ranges:
+        message = "a prefix is searched for where activations or cache are quantized; give its text or token ids, or remove it"
+    if not quantization.has_prefix:
+        yield from _changed(quantization, "quantization", ("prefix",), message, by_label=True)
 
 
 def _training(config: Config) -> Iterator[WithoutEffect]:

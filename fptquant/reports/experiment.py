@@ -247,7 +247,7 @@ def run_config(
     if is_main():
         (folder / "plots").mkdir()
     searched = None
-    if config.quantization.prefix == AUTO_PREFIX and config.quantization.quantized_sites:
+    if config.quantization.prefix == AUTO_PREFIX and config.quantization.has_prefix:
         searched = f"{config.calibration} {config.seed}"
     return_memory()  # what is left of earlier runs would count among what this one needs
     reset_peak()

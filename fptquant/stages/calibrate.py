@@ -97,7 +97,7 @@ def needs_calibration_text(config: Config) -> bool:
     quantization = config.quantization
     if config.smoothing is not None or config.transforms.block_rotation is not None:
         return True
-    if quantization.prefix == AUTO_PREFIX and quantization.quantized_sites:
+    if quantization.prefix == AUTO_PREFIX and quantization.has_prefix:
         return True
     overridden = any(override.bits not in (None, 16) for override in quantization.overrides.values())
     reading = [part for part in (quantization.activation, quantization.kv_cache) if not part.dynamic or part.centered]

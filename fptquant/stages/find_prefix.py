@@ -173,7 +173,7 @@ def check_prefix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, con
             tokens, or a prefix that does not fit the context together with a window.
     """
     prefix = config.quantization.prefix
-    if prefix is None or not config.quantization.quantized_sites:
+    if prefix is None or not config.quantization.has_prefix:
         return
     check_prefix_model(model)
     length = _longest(model)
@@ -200,7 +200,7 @@ def resolve_prefix(
 ) -> tuple[Config, dict[str, Any]]:
     """The config with its prefix as token ids, and what was found.
 
-    It has none if the search finds that none is needed, or if neither activations nor cache are quantized.
+    It has none if the search finds that none is needed, or if what is quantized needs none (`QuantizationConfig.has_prefix`).
 
     Args:
         model: the plain full-precision model.
@@ -209,15 +209,15 @@ def resolve_prefix(
     Shape:
         windows: calibration windows [windows, window], int64
     """
-    prefix, used = config.quantization.prefix, bool(config.quantization.quantized_sites)
+    prefix = config.quantization.prefix
     if prefix is None:
         return config, {}
     ids: list[int] = []
     report: dict[str, Any] = {"ids": ids, "text": ""}
-    if used and prefix == AUTO_PREFIX:
+    if config.quantization.has_prefix and prefix == AUTO_PREFIX:
         found = find_prefix(model, tokenizer, windows, longest=_longest(model), look=look, progress=progress)
         ids, report = found.ids, found.as_dict()
-    elif used:
+    elif config.quantization.has_prefix:
         ids = _given_ids(tokenizer, prefix)
         report = {"ids": ids, "text": str(tokenizer.decode(ids))}
     return with_prefix(config, ids or None), {"prefix": report}

@@ -36,6 +36,23 @@ def test_a_setting_says_what_a_table_must_mention() -> None:
     assert QuantizationConfig.model_validate(given).setting == "w4a16kv4-static, cache centered"
 
 
+@pytest.mark.parametrize(
+    ("label", "prefix", "note"),
+    [
+        ("w4a8-static", "auto", ", automatic prefix"),
+        ("w4a8-static", [1, 2], ", prefix of 2 tokens"),
+        ("w4a16", "auto", ""),
+        ("w4a16", [1], ", prefix of 1 token"),
+        ("w4a16", "<s>", ", prefix '<s>'"),
+        ("w16a16", [1], ""),
+    ],
+)
+def test_a_prefix_is_mentioned_where_it_stands(label: str, prefix: str | list[int], note: str) -> None:
+    found = QuantizationConfig.model_validate({**expand_label(label), "prefix": prefix})
+    assert found.setting == found.label + note
+    assert found.has_prefix == bool(note)
+
+
 @pytest.mark.parametrize("label", ["", "w4", "a4w4", "w4b4", "w4a4-fast", "w4a4-g64-static", "W4A4"])
 def test_other_words_are_refused(label: str) -> None:
     with pytest.raises(UserError, match="is not a setting"):

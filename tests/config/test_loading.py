@@ -201,6 +201,7 @@ WITHOUT_EFFECT = [
     ("quantization.kv_cache.symmetric", ["quantization=w4a8", "quantization.kv_cache.symmetric=true"]),
     ("quantization.full_precision_tokens", ["quantization=w4a16", "quantization.full_precision_tokens=1"]),
     ("quantization.prefix", ["quantization=w4a16", "quantization.prefix=auto"]),
+    ("quantization.prefix", ["quantization=w16a16", "quantization.prefix=[1]"]),
     ("transforms.query_key_hadamard", ["quantization=w4a8", "transforms.query_key_hadamard={}"]),
     ("transforms.norm_scaling", ["transforms.norm_scaling={}"]),
     ("rounding.act_order", ["rounding.act_order=true"]),

@@ -72,7 +72,6 @@ def test_inputs_can_count_more_or_less() -> None:
     torch.testing.assert_close(found.matrix(), rows.T @ (weights.view(-1, 1) * rows), rtol=1e-12, atol=1e-10)
 
 
-
 @pytest.mark.parametrize("act_order", [False, True])
 def test_the_factor_is_that_of_the_inverse(act_order: bool) -> None:
     h = hessian()

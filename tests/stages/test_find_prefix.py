@@ -138,6 +138,23 @@ def test_a_calibrated_model_acts_as_if_it_had_read_the_prefix(prefix: str, ids: 
     assert (result.model(tokens).logits - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_weights_alone_have_a_prefix_if_it_is_given(tmp_path: Path, rounding: str) -> None:
+    """In full precision, as the quantized weights are behind it; a search is for ranges, and left out."""
+    model, tokens = model_of(), token_ids(2, 20)
+    overrides = ["quantization=w4a16", f"rounding={{method: {rounding}, text: topics, windows: 2, window: 32}}"]
+    overrides = overrides if rounding == "gptq" else overrides[:1]
+    result = fq.calibrate(model, tiny_tokenizer(), config(*overrides, "quantization.prefix=[9, 4]"), progress=quiet)
+    loaded, _ = fq.load_calibrated(result.save(tmp_path / "out"))
+    assert torch.equal(loaded(tokens).logits, result.model(tokens).logits)
+    set_modes(result.model, "off")
+    if rounding == "nearest":
+        expected = model(torch.cat([torch.tensor([[9, 4]] * 2), tokens], dim=1)).logits[:, 2:]
+        assert (result.model(tokens).logits - expected).abs().max() < 2e-5 * expected.abs().max()
+    searched = fq.calibrate(model, tiny_tokenizer(), config("quantization=w4a16"), progress=quiet)
+    assert (searched.config.quantization.prefix, prefix_length(searched.model)) == (None, 0)
+
+
 def test_ranges_are_set_behind_the_prefix() -> None:
     model, tokenizer, prefix = model_of(), tiny_tokenizer(), [9, 4]
     ranges = "quantization.activation={centered: false, range: {method: min_max}}"
