@@ -314,7 +314,8 @@ def report(
         "[bold]Examples[/bold]\n\n"
         "fptquant table demo\n\n"
         "fptquant table demo 'methods=[rtn, gptq, fptquant-local]' 'settings=[w4a16]' --output runs/quick\n\n"
-        "fptquant table configs/tables/demo.yaml 'overrides=[evaluation.text=wikitext2, evaluation.windows=all]' --resume"
+        "fptquant table configs/tables/demo.yaml 'overrides=[evaluation.text=wikitext2, evaluation.windows=all]' --resume\n\n"
+        "fptquant table demo -o runs/whole --from runs/quick --from runs/other-machine"
     ),
 )
 @_guard
@@ -325,6 +326,13 @@ def table(
     overwrite: Overwrite = False,
     resume: Resume = False,
     save: Save = False,
+    parts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--from", metavar="FOLDER", help="Take cells of the same settings that another table has finished. Repeatable."
+        ),
+    ] = None,
+    run: Annotated[bool, typer.Option("--run/--no-run", help="--no-run writes the table of what is finished, and stops.")] = True,
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
@@ -332,7 +340,8 @@ def table(
 
     Each cell is a run folder of its own below FOLDER/cells. The table is written anew after each, as Markdown, CSV and LaTeX;
     in the end plots are drawn. A cell that fails is reported and does not stop the rest. With --resume finished cells are
-    kept, a killed one goes on, and the grid may have grown.
+    kept, a killed one goes on, and the grid may have grown. Several machines can share a grid: each makes a table of some of
+    its methods, settings or models, and --from puts their cells together.
     """
     from fptquant.config.tables import load_table, table_cells
     from fptquant.reports.grid_folder import check_table
@@ -341,7 +350,7 @@ def table(
     grid = load_table(file, *(overrides or ()), *_output_override(output))
     device = table_cells(grid)[0].config.device
     if launched() is None:  # before torch is imported, which takes seconds; several processes first find each other
-        check_table(grid, overwrite=overwrite, resume=resume)
+        check_table(grid, overwrite=overwrite, resume=resume, parts=parts or ())
     from fptquant.reports.grid import make_table
     from fptquant.reports.progress import Progress
     from fptquant.reports.zero_shot import rich_tables
@@ -350,7 +359,7 @@ def table(
 
     with processes(device, threads):
         with Progress() if is_main() else nullcontext(quiet) as progress:
-            made = make_table(grid, overwrite=overwrite, resume=resume, save=save, progress=progress)
+            made = make_table(grid, overwrite=overwrite, resume=resume, save=save, parts=parts or (), run=run, progress=progress)
         if is_main():
             console = Console(highlight=False)
             console.print(*rich_tables(made.rows, title=grid.name, width=console.width), sep="\n\n")

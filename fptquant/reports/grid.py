@@ -17,7 +17,7 @@ from fptquant.diagnostics import diagnostics
 from fptquant.errors import ProcessLost, UserError
 from fptquant.files import replace_file
 from fptquant.reports.experiment import Baseline, measure_baseline, needed_bytes, open_model, preflight, results_folder, run_config
-from fptquant.reports.grid_folder import BASELINE, GRID, check_table, grid_folder, measured_on
+from fptquant.reports.grid_folder import BASELINE, GRID, check_table, grid_folder, measured_on, take_cells
 from fptquant.reports.plots import plot_block_error_map, plot_block_errors, plot_cost
 from fptquant.reports.progress import Labeled, Progress
 from fptquant.reports.run_folder import RUN_MARKER, check_output, to_json
@@ -51,16 +51,21 @@ def make_table(
     overwrite: bool = False,
     resume: bool = False,
     save: bool = False,
+    parts: Sequence[str | Path] = (),
+    run: bool = True,
     progress: ProgressCallback | None = None,
 ) -> Table:
     """Runs every cell of a grid that is not finished, and writes the table.
 
-    A cell that fails is reported in its row and does not stop the others, unless several processes work together.
+    A cell that fails is reported in its row and does not stop the others, unless several processes work together. A grid can be
+    shared out: ``parts`` are folders of tables with some of its methods, settings or models, made elsewhere.
 
     Args:
         overwrite: begin with an empty folder; what it holds is lost.
         resume: keep the cells that are finished, go on with the one that was under way.
         save: write each calibrated model into its cell.
+        parts: folders of other tables; cells that are finished there with the same settings are copied, not run.
+        run: False writes the table of what is finished, and runs nothing.
         progress: called as ``progress(done, total, description)``; a progress bar by default.
 
     Raises:
@@ -71,16 +76,18 @@ def make_table(
     """
     if progress is None:
         with Progress() as bars:
-            return make_table(table, overwrite=overwrite, resume=resume, save=save, progress=bars)
+            return make_table(table, overwrite=overwrite, resume=resume, save=save, parts=parts, run=run, progress=bars)
     folder = Path(table.output_folder).absolute()
-    cells = on_main(lambda: check_table(table, overwrite=overwrite, resume=resume))
-    if overwrite and on_main((folder / GRID).is_file):
+    cells = on_main(lambda: check_table(table, overwrite=overwrite, resume=resume, parts=parts))
+    if overwrite and run and on_main((folder / GRID).is_file):
         open_model(cells[0].config, progress)  # what is there is not given up for a model that cannot be had
     with main_holds(lambda: grid_folder(folder, anew=overwrite or not resume)):
         if is_main():
             replace_file(folder / GRID, dump_config(table).encode())
+        for line in on_main(lambda: take_cells(folder, cells, [Path(part) for part in parts])):
+            say(progress, line)
         grid = _Grid(folder, table, cells, {})
-        for model in dict.fromkeys(cell.model.name for cell in cells):
+        for model in dict.fromkeys(cell.model.name for cell in cells) if run else ():
             _run_model(grid, [cell for cell in cells if cell.model.name == model], save, progress)
         on_main(grid.write)
         on_main(grid.plot)

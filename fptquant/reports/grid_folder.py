@@ -26,7 +26,8 @@ from fptquant.config.loading import dump_config
 from fptquant.config.schema import Config
 from fptquant.config.tables import Cell, TableConfig, model_folder, table_cells
 from fptquant.errors import UserError
-from fptquant.reports.run_folder import check_output, make_parents
+from fptquant.files import replace_file
+from fptquant.reports.run_folder import RUN_MARKER, check_output, make_parents, run_folder
 from fptquant.reports.unfinished_run import MAY_CHANGE, alone, partial_folder, read_mapping
 
 GRID = "table.yaml"
@@ -34,15 +35,21 @@ GRID = "table.yaml"
 BASELINE = "full-precision.json"
 
 
-def check_table(table: TableConfig, *, overwrite: bool = False, resume: bool = False) -> list[Cell]:
+def check_table(
+    table: TableConfig, *, overwrite: bool = False, resume: bool = False, parts: Sequence[str | Path] = ()
+) -> list[Cell]:
     """The cells of a grid, if it can be begun or gone on with at its output; creates nothing.
+
+    Args:
+        parts: folders of tables from which cells are to be taken.
 
     Raises:
         UserError: as `fptquant.config.tables.table_cells`; if the output is no place for it, holds a table that may be neither
-            overwritten nor gone on with, or cells of other settings.
+            overwritten nor gone on with, or cells of other settings; if a part holds no table or is the output itself.
     """
     cells = table_cells(table)
     folder = Path(table.output_folder)
+    _check_parts(folder, parts)
     if (folder / GRID).is_file():
         if not (overwrite or resume):
             raise UserError(
@@ -80,6 +87,44 @@ def _check_cells(folder: Path, cells: Sequence[Cell]) -> None:
         raise UserError(
             "\n".join([f"{folder} has cells of other settings; set these as they were, or remove their folders:", *problems])
         )
+
+
+def _check_parts(folder: Path, parts: Sequence[str | Path]) -> None:
+    for part in map(Path, parts):
+        if not (part / GRID).is_file():
+            raise UserError(f"{part} holds no table ({GRID} is not there); give the folder that fptquant table wrote")
+        if part.resolve() == folder.resolve():
+            raise UserError(f"{part} is the output itself, whose finished cells --resume keeps; give the folders of other tables")
+
+
+def take_cells(folder: Path, cells: Sequence[Cell], parts: Sequence[Path]) -> list[str]:
+    """Copies what a table lacks from tables that have it finished with the same settings; returns what was left there, and why.
+
+    The first part that has a cell gives it. Its config says afterwards what the table says, paths of the part are gone.
+    """
+    left = []
+    for cell in cells:
+        target, wanted = folder / cell.folder, yaml.safe_load(dump_config(cell.config))
+        for source in (part / cell.folder for part in parts):
+            if (target / RUN_MARKER).is_file():
+                break
+            saved = read_mapping(source / "config.yaml") if (source / RUN_MARKER).is_file() else None
+            other = [] if saved is None else differences(_with_newer_keys(saved), wanted, ignored=MAY_CHANGE)
+            if other:
+                left.append(f"left where it is: {source}: {'; '.join(other)}")
+            elif saved is not None:
+                with run_folder(target) as copy:
+                    shutil.copytree(source, copy, dirs_exist_ok=True)
+                    (copy / "config.yaml").write_text(dump_config(cell.config), encoding="utf-8")
+                shutil.rmtree(partial_folder(target), ignore_errors=True)
+    for cell in {cell.model.name: cell for cell in cells}.values():
+        target = folder / model_folder(cell.model) / BASELINE
+        for source in (part / model_folder(cell.model) / BASELINE for part in parts):
+            saved = None if target.is_file() else read_mapping(source)
+            if saved is not None and not differences(saved["of"], measured_on(cell.config)):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(target, source.read_bytes())
+    return left
 
 
 def _with_newer_keys(saved: dict[str, Any]) -> dict[str, Any]:

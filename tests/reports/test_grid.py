@@ -211,6 +211,42 @@ def test_a_killed_table_goes_on_and_may_grow(model: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_machines_share_a_table(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make(grid(tmp_path / "whole", model))
+    make(grid(tmp_path / "a", model, methods=["rtn"]))
+    make(grid(tmp_path / "b", model, methods=[TRANSFORMED], settings=["w4a16"]))
+    other = {**TRANSFORMED, "overrides": [*TRANSFORMED["overrides"], "seed=7"]}
+    make(grid(tmp_path / "c", model, methods=[other], settings=["w4a4kv4-dynamic"]))
+    parts, listener = [tmp_path / name for name in "abc"], Listener()
+    begun = failing(monkeypatch, lambda cell: False, UserError)
+    taken = make(grid(tmp_path / "out", model), parts=parts, run=False, progress=listener)
+    assert begun == []
+    assert {**scores(taken), ("rotated", "w4a4kv4-dynamic"): scores(whole)[("rotated", "w4a4kv4-dynamic")]} == scores(whole)
+    assert len(listener.said) == 1
+    assert "left where it is" in listener.said[0]
+    assert "seed" in listener.said[0]
+    cells = tmp_path / "out" / "cells" / "tiny"
+    assert all(str(path) not in text.read_text() for path in parts for text in cells.rglob("*.yaml"))
+    assert (cells / "rtn-w4a16" / "metrics.json").read_bytes() == (tmp_path / "a/cells/tiny/rtn-w4a16/metrics.json").read_bytes()
+    made = make(grid(tmp_path / "out", model), parts=parts, resume=True)
+    assert begun == ["rotated w4a4kv4-dynamic"]
+    assert scores(made) == scores(whole)
+
+
+def test_parts_of_a_table_that_cannot_be_taken(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no table"):
+        make(grid(tmp_path / "out", model), parts=[tmp_path])
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "table.yaml").write_text("")
+    with pytest.raises(UserError, match="is the output itself"):
+        make(grid(tmp_path / "out", model), parts=[tmp_path / "out"], resume=True)
+    empty = make(grid(tmp_path / "empty", model), run=False)
+    assert empty.rows == []
+    assert "| method |" in (tmp_path / "empty" / "table.md").read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_table_is_not_given_up_for_a_model_that_cannot_be_had(model: Path, tmp_path: Path) -> None:
     make(grid(tmp_path / "out", model, methods=["rtn"], settings=["w4a16"]))
     with pytest.raises(UserError, match="nowhere"):
