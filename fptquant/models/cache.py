@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fptquant.models.cache_argument import CACHE_ARGUMENTS, cache_argument, given_cache
 from fptquant.models.context import ForwardContext
 from fptquant.models.heads import transform_keys
 from fptquant.quantizers.quantizer import Quantizer
@@ -44,4 +45,5 @@ class QuantizingCache:
 
 def quantize_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
     """Forward pre-hook of attention: puts a `QuantizingCache` before the cache. A plain function: survives deepcopy."""
-    return args, {**kwargs, "past_key_values": QuantizingCache(kwargs.get("past_key_values"), module)}
+    others = {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
+    return args, {**others, cache_argument(type(module)): QuantizingCache(given_cache(kwargs), module)}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fptquant.errors import UserError
+from fptquant.models.cache_argument import cache_argument, given_cache
 
 
 class ForwardContext:
@@ -136,7 +137,7 @@ def begin_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
             f"the attention function was changed to {attention}, which knows nothing of this model's prefix, queries or softmax "
             f'outputs; call model.set_attn_implementation("{context.attention}")'
         )
-    names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+    names = ("input_ids", "attention_mask", "position_ids", cache_argument(type(module)), "inputs_embeds")
     inputs = dict(zip(names, args, strict=False)) | kwargs
     asked = inputs.get("output_hidden_states") or getattr(module.config, "output_hidden_states", False)
     if context.own_layers and asked:
@@ -147,7 +148,7 @@ def begin_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if tokens is None:
         return  # the model itself reports this mistake
-    cache = inputs.get("past_key_values")
+    cache = given_cache(inputs)
     past = int(cache.get_seq_length()) if cache is not None else 0
     context.begin(find_token_index(tokens.shape[1], past, inputs) if tokens.numel() else None)
 

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 from fptquant.errors import UserError
 from fptquant.models.adapter import view_model
+from fptquant.models.cache_argument import cache_argument
 from fptquant.models.context import ForwardContext
 from fptquant.models.heads import transform_keys
 from fptquant.quantizers.quantizer import Quantizer
@@ -164,7 +165,8 @@ def compute_prefix_(model: PreTrainedModel, ids: Sequence[int]) -> None:
     context = view.decoder.context
     assert isinstance(context, ForwardContext)
     with prefix_off(model), context.teacher():  # keys before T_h or P_h, which are moved to other positions
-        view.decoder(input_ids=torch.tensor([list(ids)], device=model.device), past_key_values=cache, use_cache=True)
+        tokens = torch.tensor([list(ids)], device=model.device)
+        view.decoder(input_ids=tokens, use_cache=True, **{cache_argument(type(view.decoder)): cache})
     frequencies = view.get("rotary").inv_freq
     assert isinstance(frequencies, Tensor)
     for prefix, layer in zip(prefixes, cache.layers, strict=True):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fptquant.errors import UserError
 from fptquant.models.adapter import ModelView, view_model
+from fptquant.models.cache_argument import cache_argument
 from fptquant.models.context import ForwardContext
 from fptquant.models.loading import check_finite_weight
 from fptquant.models.shards import Checkpoint
@@ -196,7 +197,8 @@ class PartialDecoder:
         Shape: tokens [B, T], int64, whose values only the embedding reads; state: what the part before returned.
         """
         self._stored.state, self._caught.running_scale = state, None
-        output = self._decoder(input_ids=tokens, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        kept = {cache_argument(type(self._decoder)): cache, "use_cache": cache is not None}
+        output = self._decoder(input_ids=tokens, **kept).last_hidden_state
         return PartState(output, self._caught.running_scale)
 
     def run_in_parts(self, tokens: Tensor, state: PartState | None, at_once: int) -> PartState:

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from fptquant.models.instrument import set_modes
 from tests.models.prepare import quantized_model, setting
-from tests.models.tiny import ARCHITECTURES, SLIDING, tiny_model, token_ids
+from tests.models.tiny import ARCHITECTURES, SLIDING, given, tiny_model, token_ids
 
 pytestmark = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -49,10 +49,10 @@ def test_cache_changes_no_token(architecture: str, name: str, sliding: bool) -> 
     expected = generate(model, ids, use_cache=False)
     assert expected.shape == (3, 7 + NEW_TOKENS)
     assert torch.equal(generate(model, ids, use_cache=True), expected)
-    assert torch.equal(generate(model, ids, past_key_values=DynamicCache(config=model.config)), expected)
-    assert torch.equal(generate(model, ids, past_key_values=DynamicCache()), expected) or sliding
+    assert torch.equal(generate(model, ids, **given(DynamicCache(config=model.config))), expected)
+    assert torch.equal(generate(model, ids, **given(DynamicCache())), expected) or sliding
     static = StaticCache(config=model.config, max_cache_len=7 + NEW_TOKENS)
-    assert torch.equal(generate(model, ids, past_key_values=static), expected)
+    assert torch.equal(generate(model, ids, **given(static)), expected)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -66,7 +66,7 @@ def test_left_padding_changes_no_token(architecture: str, name: str) -> None:
         assert torch.equal(both[:1], generate(model, long, use_cache=use_cache))
         assert torch.equal(both[1:, 4:], generate(model, short, use_cache=use_cache))
     static = StaticCache(config=model.config, max_cache_len=9 + NEW_TOKENS)
-    assert torch.equal(generate(model, padded, attention_mask=mask, past_key_values=static), both)
+    assert torch.equal(generate(model, padded, attention_mask=mask, **given(static)), both)
 
 
 @pytest.mark.parametrize("sliding", [False, True])
@@ -79,8 +79,8 @@ def test_decoding_gives_the_logits_of_one_pass(architecture: str, name: str, cac
     cache = DynamicCache(config=model.config) if cache_class == "dynamic" else StaticCache(model.config, 14)
     with torch.no_grad():
         expected = model(ids).logits
-        parts = [model(ids[:, :6], past_key_values=cache, use_cache=True).logits]
-        parts += [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(6, 14)]
+        parts = [model(ids[:, :6], **given(cache), use_cache=True).logits]
+        parts += [model(ids[:, t : t + 1], **given(cache), use_cache=True).logits for t in range(6, 14)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -90,7 +90,7 @@ def test_decoding_in_float32(architecture: str) -> None:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         expected = model(ids).logits
-        logits = torch.cat([model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(8)], dim=1)
+        logits = torch.cat([model(ids[:, t : t + 1], **given(cache)).logits for t in range(8)], dim=1)
     error = (logits - expected).norm() / expected.norm()
     assert error < 1e-5
 
@@ -99,7 +99,7 @@ def test_cache_holds_quantized_values(architecture: str) -> None:
     model = make(architecture, "static_kept")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(token_ids(2, 9), past_key_values=cache)
+        model(token_ids(2, 9), **given(cache))
     for layer, block in zip(cache.layers, model.model.layers, strict=True):
         for stored, quantizer in ((layer.keys, "key_quantizer"), (layer.values, "value_quantizer")):
             scale = getattr(block.self_attn, quantizer).scale.reshape(1, -1, 1, 1)

@@ -21,7 +21,7 @@ from fptquant.ops import hadamard
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.quantizers.sites import BLOCK_POINTS, MODEL_POINTS, POINTS, SITE_SETS
 from tests.models.prepare import quantized_model, set_ranges, setting
-from tests.models.tiny import ARCHITECTURES, SLIDING, tiny_model, token_ids
+from tests.models.tiny import ARCHITECTURES, SLIDING, given, tiny_model, token_ids
 
 pytestmark = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -211,7 +211,7 @@ def test_ranges_per_head_and_per_group(architecture: str) -> None:
     ids = token_ids(2, 14)
     whole = logits(model, ids)
     cache = DynamicCache(config=model.config)
-    parts = [logits(model, ids[:, :9], past_key_values=cache), logits(model, ids[:, 9:], past_key_values=cache)]
+    parts = [logits(model, ids[:, :9], **given(cache)), logits(model, ids[:, 9:], **given(cache))]
     assert (torch.cat(parts, dim=1) - whole).norm() < 1e-4 * whole.norm()
     copied = tiny_model(architecture)
     instrument(copied, shared_setting(6, full_precision_tokens=1), residual_scaling="input")

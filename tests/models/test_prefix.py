@@ -15,7 +15,7 @@ from fptquant.models.instrument import get_context, instrument, iter_quantizers,
 from fptquant.models.norm import widen_norms_
 from fptquant.models.prefix import Prefix, compute_prefix_, model_prefixes, prefix_length, prefix_off, put_prefix_first, shift_keys
 from tests.models.prepare import set_ranges, setting
-from tests.models.tiny import ARCHITECTURES, SLIDING, tiny_model, token_ids
+from tests.models.tiny import ARCHITECTURES, SLIDING, given, tiny_model, token_ids
 
 PREFIX = [17, 5, 90]
 BOUNDS = {torch.bfloat16: 0.05, torch.float32: 5e-6, torch.float64: 1e-12}
@@ -139,8 +139,8 @@ def test_every_cache_gives_the_logits_of_one_pass(architecture: str, name: str) 
         "dynamic_config": DynamicCache(config=model.config),
         "static": StaticCache(model.config, 20),
     }[name]
-    parts = [logits(model, ids[:, :6], past_key_values=cache), logits(model, ids[:, 6:9], past_key_values=cache)]
-    parts += [logits(model, ids[:, t : t + 1], past_key_values=cache) for t in range(9, 14)]
+    parts = [logits(model, ids[:, :6], **given(cache)), logits(model, ids[:, 6:9], **given(cache))]
+    parts += [logits(model, ids[:, t : t + 1], **given(cache)) for t in range(9, 14)]
     assert relative(torch.cat(parts, dim=1), behind_prefix(plain, ids)) < BOUNDS[torch.float64]
     assert cache.get_seq_length() == 14  # the caller's cache knows nothing of the prefix
 
@@ -171,7 +171,7 @@ def test_generation_with_and_without_a_cache(architecture: str, bits: int) -> No
 
     expected = generate(model, ids, use_cache=False)
     assert torch.equal(generate(model, ids), expected)
-    assert torch.equal(generate(model, ids, past_key_values=StaticCache(model.config, 15)), expected)
+    assert torch.equal(generate(model, ids, **given(StaticCache(model.config, 15))), expected)
     padded = torch.cat([torch.zeros(3, 2, dtype=torch.long), ids], dim=1)
     assert torch.equal(generate(model, padded, attention_mask=(padded != 0).long())[:, 2:], expected)
     if bits == 16:

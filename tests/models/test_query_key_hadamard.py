@@ -17,7 +17,7 @@ from fptquant.models.norm import widen_norms_
 from fptquant.models.prefix import compute_prefix_
 from fptquant.transforms import QueryKeyHadamard
 from tests.models.prepare import set_ranges, setting
-from tests.models.tiny import ARCHITECTURES, SLIDING, tiny_model, token_ids
+from tests.models.tiny import ARCHITECTURES, SLIDING, given, tiny_model, token_ids
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
 
 PREFIX = [17, 5, 90]
@@ -64,7 +64,7 @@ def test_decoding_over_a_sliding_window(architecture: str, prefix: bool) -> None
         DynamicCache(config=model.config),
     )
     expected = logits(plain, ids)
-    parts = [logits(model, part, past_key_values=cache, use_cache=True) for part in (ids[:, :4], *ids[:, 4:].split(1, 1))]
+    parts = [logits(model, part, **given(cache), use_cache=True) for part in (ids[:, :4], *ids[:, 4:].split(1, 1))]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-11)
 
 
@@ -73,11 +73,11 @@ def test_the_cache_holds_transformed_keys_on_their_grid() -> None:
     ids = token_ids(1, 20)
     caches = [DynamicCache(), DynamicCache()]
     for one, cache in zip((plain, model), caches, strict=True):
-        logits(one, ids, past_key_values=cache, use_cache=True)
+        logits(one, ids, **given(cache), use_cache=True)
     expected = QueryKeyHadamard(16)(caches[0].layers[1].keys)
     torch.testing.assert_close(caches[1].layers[1].keys, expected, rtol=0, atol=1e-12)
     set_ranges(model, ids)
-    logits(model, ids, past_key_values=(cache := DynamicCache()), use_cache=True)
+    logits(model, ids, **given(cache := DynamicCache()), use_cache=True)
     quantizer = view_model(model).blocks[0].attention.key_quantizer
     keys = cache.layers[0].keys
     assert torch.equal(quantizer(keys), keys)  # type: ignore[operator]
@@ -107,10 +107,8 @@ def test_a_teacher_pass_leaves_it_out() -> None:
     model = model_of("LlamaForCausalLM", transformed=True)
     cache = DynamicCache()
     with get_context(model).teacher():
-        logits(model, token_ids(1, 5), past_key_values=cache, use_cache=True)
-    logits(
-        model_of("LlamaForCausalLM", transformed=False), token_ids(1, 5), past_key_values=(plain := DynamicCache()), use_cache=True
-    )
+        logits(model, token_ids(1, 5), **given(cache), use_cache=True)
+    logits(model_of("LlamaForCausalLM", transformed=False), token_ids(1, 5), **given(plain := DynamicCache()), use_cache=True)
     assert torch.equal(cache.layers[0].keys, plain.layers[0].keys)
 
 

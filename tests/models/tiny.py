@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+
+from fptquant.models.cache_argument import cache_argument
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -59,3 +61,8 @@ def tiny_model(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.f
 def token_ids(batch: int = 2, length: int = 12, *, seed: int = 1) -> Tensor:
     """Random tokens [batch, length] without the padding token 0."""
     return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def given(cache: Any) -> dict[str, Any]:
+    """A cache as the argument that models of the installed library take."""
+    return {cache_argument(LlamaForCausalLM): cache}
