@@ -74,19 +74,30 @@ def _check_cells(folder: Path, cells: Sequence[Cell]) -> None:
     """Refuses a folder in which full precision or a cell, finished or not, has another config than the grid now says."""
     problems = []
     for cell in cells:
-        wanted = yaml.safe_load(dump_config(cell.config))
         for place in (folder / cell.folder, partial_folder(folder / cell.folder)):
-            saved = read_mapping(place / "config.yaml")
-            other = [] if saved is None else differences(_with_newer_keys(saved), wanted, ignored=MAY_CHANGE)
+            other = _other_settings(place, cell)
             problems += [f"  {place.name}: {'; '.join(other)}"] if other else []
     for model, cell in {cell.model.name: cell for cell in cells}.items():
-        saved = read_mapping(folder / model_folder(cell.model) / BASELINE)
-        other = [] if saved is None else differences(saved["of"], measured_on(cell.config))
+        other = _other_evaluation(folder / model_folder(cell.model) / BASELINE, cell)
         problems += [f"  {BASELINE} of {model}: {'; '.join(other)}"] if other else []
     if problems:
         raise UserError(
             "\n".join([f"{folder} has cells of other settings; set these as they were, or remove their folders:", *problems])
         )
+
+
+def _other_settings(run: Path, cell: Cell) -> list[str] | None:
+    """How the config of a run folder differs from that of a cell, what may differ left out; None if there is no config."""
+    saved = read_mapping(run / "config.yaml")
+    if saved is None:
+        return None
+    return differences(_with_newer_keys(saved), yaml.safe_load(dump_config(cell.config)), ignored=MAY_CHANGE)
+
+
+def _other_evaluation(baseline: Path, cell: Cell) -> list[str] | None:
+    """How what a full-precision model was measured on differs from a cell's; None if it was not measured."""
+    saved = read_mapping(baseline)
+    return None if saved is None else differences(saved["of"], measured_on(cell.config))
 
 
 def _check_parts(folder: Path, parts: Sequence[str | Path]) -> None:
@@ -104,27 +115,29 @@ def take_cells(folder: Path, cells: Sequence[Cell], parts: Sequence[Path]) -> li
     """
     left = []
     for cell in cells:
-        target, wanted = folder / cell.folder, yaml.safe_load(dump_config(cell.config))
+        target = folder / cell.folder
         for source in (part / cell.folder for part in parts):
             if (target / RUN_MARKER).is_file():
                 break
-            saved = read_mapping(source / "config.yaml") if (source / RUN_MARKER).is_file() else None
-            other = [] if saved is None else differences(_with_newer_keys(saved), wanted, ignored=MAY_CHANGE)
+            other = _other_settings(source, cell) if (source / RUN_MARKER).is_file() else None
             if other:
                 left.append(f"left where it is: {source}: {'; '.join(other)}")
-            elif saved is not None:
-                with run_folder(target) as copy:
-                    shutil.copytree(source, copy, dirs_exist_ok=True)
-                    (copy / "config.yaml").write_text(dump_config(cell.config), encoding="utf-8")
-                shutil.rmtree(partial_folder(target), ignore_errors=True)
+            elif other is not None:
+                _take_cell(source, target, cell)
     for cell in {cell.model.name: cell for cell in cells}.values():
         target = folder / model_folder(cell.model) / BASELINE
         for source in (part / model_folder(cell.model) / BASELINE for part in parts):
-            saved = None if target.is_file() else read_mapping(source)
-            if saved is not None and not differences(saved["of"], measured_on(cell.config)):
+            if not target.is_file() and _other_evaluation(source, cell) == []:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(target, source.read_bytes())
     return left
+
+
+def _take_cell(source: Path, target: Path, cell: Cell) -> None:
+    with run_folder(target) as copy:
+        shutil.copytree(source, copy, dirs_exist_ok=True)
+        (copy / "config.yaml").write_text(dump_config(cell.config), encoding="utf-8")
+    shutil.rmtree(partial_folder(target), ignore_errors=True)
 
 
 def _with_newer_keys(saved: dict[str, Any]) -> dict[str, Any]:
