@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fptquant._core import build_info
+from fptquant.float32_products import float32_products
 
 _SAMPLES = 4096
 """Values of each tensor that decide a digest of weights."""
@@ -51,6 +52,7 @@ def machine(device: torch.device, processes: int) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "float32 products": float32_products(),
         "instruction set of the C core": build_info()["isa"],
         "threads": torch.get_num_threads(),
         "processes": processes,

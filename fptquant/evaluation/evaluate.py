@@ -21,6 +21,7 @@ from fptquant.evaluation.scores import Score, read_scores, write_scores
 from fptquant.evaluation.teacher import ProgressCallback, TeacherCache
 from fptquant.files import KeptFile, KeptFiles
 from fptquant.fingerprint import model_digest, tensors_digest
+from fptquant.float32_products import fast_float32_products
 from fptquant.models.prefix import prefix_length
 from fptquant.stages.distributed import gathered, own, world_size
 
@@ -65,6 +66,7 @@ def evaluation_windows(
     return token_windows(tokenizer, loaded, windows, window), loaded.name
 
 
+@fast_float32_products
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -94,6 +96,7 @@ def evaluate(
     return evaluate_windows(model, tokens, text_name=name, reference=reference, progress=progress)
 
 
+@fast_float32_products
 def build_reference(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -125,6 +128,7 @@ def build_reference(
     return cache, _evaluation([*scores, Score(seconds=cache.seconds)], name, compared=True, shared=shared)
 
 
+@fast_float32_products
 @torch.inference_mode()
 def evaluate_windows(
     model: PreTrainedModel,
@@ -228,6 +232,7 @@ def _evaluation(scores: Sequence[Score], text_name: str, *, compared: bool, shar
     )
 
 
+@fast_float32_products
 @torch.inference_mode()
 def relative_logits_error(reference: PreTrainedModel, model: PreTrainedModel, tokens: Tensor) -> float:
     """``max |z - z'| / max |z|`` over the logits of two models that should compute the same function.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fptquant.errors import UserError
 from fptquant.evaluation.zero_shot_tasks import check_lm_eval, load_tasks, parse_tasks, quiet_lm_eval
 from fptquant.files import KeptFile, KeptFiles
+from fptquant.float32_products import fast_float32_products
 from fptquant.stages.progress import Progress, quiet
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class ZeroShot:
         return cls(scores, data["limit"], data["batch_size"], data["seed"])
 
 
+@fast_float32_products
 def evaluate_zero_shot(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

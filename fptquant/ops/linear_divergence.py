@@ -6,7 +6,7 @@ written over them and at once multiplied by the head's weight, so that only the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fptquant.errors import UserError
+from fptquant.float32_products import product
 from fptquant.ops import _library
 from fptquant.ops.cross_entropy import check_target
 from fptquant.ops.divergence import KINDS, Divergence, check_temperature, kind_index, new_loss
@@ -68,38 +69,43 @@ def _check_in_vocabulary(target: Tensor, vocabulary: int) -> None:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, buffer: Tensor) -> Tensor:
-    """hidden weight^T + bias, written to the beginning of the buffer."""
-    out = buffer[: hidden.shape[0]]
-    return torch.addmm(bias, hidden, weight.t(), out=out) if bias.numel() else torch.mm(hidden, weight.t(), out=out)
+    """hidden weight^T + bias, at the beginning of the buffer where the product can be written there."""
+    return product(hidden, weight.t(), bias if bias.numel() else None, out=buffer[: hidden.shape[0]])
 
 
-def _chunk_gradients(inputs: _Inputs) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(tokens, their losses, the gradient of their student's logits) chunk by chunk; the gradient lives until the next chunk."""
+def _each_chunk(inputs: _Inputs, use: Callable[[slice, Tensor, Tensor], None]) -> None:
+    """``use`` (tokens, their losses, the gradient of their student's logits) chunk by chunk; nobody keeps that gradient."""
     if inputs.kind == CROSS_ENTROPY:
         _check_in_vocabulary(inputs.teacher, inputs.weight.shape[0])
     chunks = list(inputs.chunks())
     longest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     buffers = [inputs.weight.new_empty(longest, inputs.weight.shape[0]) for _ in range(1 if inputs.kind == CROSS_ENTROPY else 2)]
-    own_head = inputs.teacher_weight.numel() > 0
     for chunk in chunks:
-        gradient = _logits(inputs.student[chunk], inputs.weight, inputs.bias, buffers[0])
-        if inputs.kind == CROSS_ENTROPY:
-            yield chunk, _cross_entropy_(gradient, inputs.teacher[chunk], inputs.temperature), gradient
-            continue
-        head = (inputs.teacher_weight, inputs.teacher_bias) if own_head else (inputs.weight, inputs.bias)
-        teacher = _logits(inputs.teacher[chunk], *head, buffers[1])
-        yield chunk, _divergence_(gradient, teacher, inputs.kind, inputs.temperature), gradient
+        use(chunk, *_chunk_gradient(inputs, chunk, buffers))
+
+
+def _chunk_gradient(inputs: _Inputs, chunk: slice, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
+    gradient = _logits(inputs.student[chunk], inputs.weight, inputs.bias, buffers[0])
+    if inputs.kind == CROSS_ENTROPY:
+        return _cross_entropy_(gradient, inputs.teacher[chunk], inputs.temperature), gradient
+    own_head = inputs.teacher_weight.numel() > 0
+    head = (inputs.teacher_weight, inputs.teacher_bias) if own_head else (inputs.weight, inputs.bias)
+    teacher = _logits(inputs.teacher[chunk], *head, buffers[1])
+    return _divergence_(gradient, teacher, inputs.kind, inputs.temperature), gradient
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, wanted = _Inputs(*arguments[:-1]), arguments[-1]
     loss = new_loss(inputs.student)
     dstudent = torch.empty_like(inputs.student) if wanted else inputs.student.new_empty(0)
+
+    def use(chunk: slice, losses: Tensor, gradient: Tensor) -> None:
+        loss[chunk] = losses
+        if wanted:
+            dstudent[chunk] = product(gradient, inputs.weight)
+
     with torch.autocast(inputs.student.device.type, enabled=False):
-        for chunk, losses, gradient in _chunk_gradients(inputs):
-            loss[chunk] = losses
-            if wanted:
-                torch.mm(gradient, inputs.weight, out=dstudent[chunk])
+        _each_chunk(inputs, use)
     return loss, dstudent
 
 
@@ -110,19 +116,22 @@ def _forward_again(dloss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
     dstudent = torch.empty_like(student) if of_student else student.new_empty(0)
     dweight = torch.zeros_like(inputs.weight, dtype=wide) if of_weight else student.new_empty(0)
     dbias = torch.zeros_like(inputs.bias, dtype=wide) if of_bias else student.new_empty(0)
+
+    def use(chunk: slice, _: Tensor, gradient: Tensor) -> None:
+        share = dloss[chunk, None]
+        if of_student:
+            dstudent[chunk] = product(gradient, inputs.weight) * share
+        if of_weight:
+            weighted = (student[chunk] * share).to(student.dtype)
+            if dweight.dtype == student.dtype:
+                dweight.addmm_(gradient.t(), weighted)
+            else:
+                dweight.add_(torch.mm(gradient.t(), weighted))
+        if of_bias:
+            dbias.add_(torch.mv(gradient.t(), share[:, 0].to(gradient.dtype)))
+
     with torch.autocast(student.device.type, enabled=False):
-        for chunk, _, gradient in _chunk_gradients(inputs):
-            share = dloss[chunk, None]
-            if of_student:
-                dstudent[chunk] = torch.mm(gradient, inputs.weight) * share
-            if of_weight:
-                weighted = (student[chunk] * share).to(student.dtype)
-                if dweight.dtype == student.dtype:
-                    dweight.addmm_(gradient.t(), weighted)
-                else:
-                    dweight += torch.mm(gradient.t(), weighted)
-            if of_bias:
-                dbias += torch.mv(gradient.t(), share[:, 0].to(gradient.dtype))
+        _each_chunk(inputs, use)
     return dstudent, dweight.to(student.dtype), dbias.to(student.dtype)
 
 

@@ -21,6 +21,7 @@ from fptquant.errors import UserError
 from fptquant.evaluation.outliers import MassiveActivation, PlaceOutliers
 from fptquant.evaluation.places import PLACES
 from fptquant.files import replace_file
+from fptquant.float32_products import fast_float32_products
 from fptquant.models.adapter import LINEAR_NAMES
 from fptquant.models.saving import find_saved
 from fptquant.quantizers.sites import layer_and_site
@@ -54,6 +55,7 @@ _WEAKEST = 5
 """Quantizers that are named as the worst."""
 
 
+@fast_float32_products
 def write_report(
     folder: str | Path,
     *,

@@ -22,6 +22,7 @@ from fptquant.data.training import TrainingData
 from fptquant.data.windows import check_window, token_windows
 from fptquant.files import WORTH_KEEPING
 from fptquant.fingerprint import tensors_digest, weights_digest
+from fptquant.float32_products import fast_float32_products
 from fptquant.models.adapter import model_sizes, view_model
 from fptquant.models.instrument import check_instrument, instrument_for, load_ranges_, range_tensors, set_modes
 from fptquant.models.loading import check_finite_weights
@@ -261,6 +262,7 @@ def _smooth_(
     return smooth_(model, transforms, windows, alpha=settings.alpha, prefix=prefix, left_out=left_out, progress=progress)
 
 
+@fast_float32_products
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

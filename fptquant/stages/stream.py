@@ -34,6 +34,7 @@ from fptquant.diagnostics import diagnostics
 from fptquant.errors import UserError
 from fptquant.files import replace_file
 from fptquant.fingerprint import tensors_digest
+from fptquant.float32_products import fast_float32_products
 from fptquant.models.adapter import model_sizes, view_model
 from fptquant.models.instrument import get_context, instrument_for, range_tensors
 from fptquant.models.loading import check_finite_weight, load_tokenizer, local_folder
@@ -72,6 +73,7 @@ HIDDEN, SCALE = "hidden", "running_scale"
 """Tensors of the file that carries states from part to part: [windows, window, H] and [windows, window, 1]."""
 
 
+@fast_float32_products
 def calibrate_streamed(
     model: str | Path,
     config: Config,
