@@ -66,8 +66,13 @@ def _suits(a: Tensor, b: Tensor, *others: Tensor) -> bool:
     )
 
 
+def _dense(matrix: Tensor) -> Tensor:
+    """The matrix, copied if it is a part of a larger one: for such oneDNN falls back to loops a thousand times slower."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "none", [], "")
     return y
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -51,6 +53,23 @@ def test_product_of_strided_matrices(onednn: list[tuple[int, ...]], with_bias: b
         for right in (b, b.t().contiguous().t()):
             assert close(products.product(left, right, bias if with_bias else None), expected)
     assert onednn == [(200, 96, 130)] * 4
+
+
+@needs_onednn
+def test_parts_of_matrices_take_no_detour(onednn: list[tuple[int, ...]]) -> None:
+    """Columns of a larger matrix, as Hessians are summed: oneDNN itself needs a thousand times as long for them."""
+    (whole,) = tensors((1024, 512))
+    left, right = whole[:, 256:].t(), whole[:, 128:]
+
+    def seconds(a: torch.Tensor, b: torch.Tensor) -> float:
+        begin = time.perf_counter()
+        products.product(a, b)
+        return time.perf_counter() - begin
+
+    assert close(products.product(left, right), left.double() @ right.double())
+    dense = min(seconds(left.contiguous(), right.contiguous()) for _ in range(5))
+    assert min(seconds(left, right) for _ in range(5)) < 20 * dense
+    assert len(onednn) == 11
 
 
 @needs_onednn
