@@ -38,6 +38,12 @@ def _is_amd() -> bool:
 
 
 @cache
+def _faster() -> bool:
+    """Whether oneDNN is faster here. Where a GPU computes, looking at every operation would only cost time."""
+    return _is_amd() and torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cuda.is_available()
+
+
+@cache
 def _offered() -> bool:
     """Whether this PyTorch has oneDNN's linear layer; it is one of its internal operators."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
@@ -54,8 +60,7 @@ def float32_products() -> Literal["oneDNN", "torch"]:
         raise UserError(f"{CHOICE} = {choice!r} must be auto, onednn or torch")
     if choice == "onednn" and not _offered():
         raise UserError(f"{CHOICE} = onednn, but this PyTorch was built without oneDNN; leave the variable out")
-    wanted = choice == "onednn" or (choice == "auto" and _is_amd() and torch.backends.cpu.get_cpu_capability() == "AVX512")
-    return "oneDNN" if wanted and _offered() else "torch"
+    return "oneDNN" if _offered() and (choice == "onednn" or (choice == "auto" and _faster())) else "torch"
 
 
 def _suits(a: Tensor, b: Tensor, *others: Tensor) -> bool:

@@ -155,5 +155,18 @@ def test_the_choice_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(products.CHOICE, "torch")
     assert products.float32_products() == "torch"
     monkeypatch.delenv(products.CHOICE)
-    monkeypatch.setattr(products, "_is_amd", lambda: False)
+    monkeypatch.setattr(products, "_faster", lambda: False)
     assert products.float32_products() == "torch"
+
+
+@needs_onednn
+@pytest.mark.parametrize("amd", [False, True])
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_default_is_what_is_faster(monkeypatch: pytest.MonkeyPatch, amd: bool, capability: str, gpu: bool) -> None:
+    monkeypatch.delenv(products.CHOICE, raising=False)
+    monkeypatch.setattr(products, "_is_amd", lambda: amd)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(products, "_faster", products._faster.__wrapped__)
+    assert (products.float32_products() == "oneDNN") == (amd and capability == "AVX512" and not gpu)
