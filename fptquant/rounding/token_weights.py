@@ -143,6 +143,9 @@ class _Fisher:
             UserError: as `find_token_weights`.
         """
         layers = self.view.num_layers
+        # One block of memory for what is kept: many small ones among what is freed would keep all of that from being used again.
+        wide = torch.promote_types(self.model.dtype, torch.float32)
+        rows = iter(torch.empty(layers * len(LINEAR_NAMES), len(window), dtype=wide))
         state: PartState | None = None
         states: list[PartState] = []  # before each block, and before the final norm
         for part in range(-1, layers):
@@ -156,13 +159,13 @@ class _Fisher:
             linears = {f"layers.{index}.{name}": self.view.blocks[index].linear(name) for name in reversed(LINEAR_NAMES)}
             gradients, outputs = self._back(index, window, states.pop(), gradients, list(linears.values()))
             for name, gradient in zip(linears, outputs, strict=True):
-                weight = gradient[0].to(torch.promote_types(gradient.dtype, torch.float32)).square().sum(-1)
+                weight = gradient[0].to(wide).square().sum(-1)
                 if not bool(weight.isfinite().all()):
                     raise UserError(
                         f"the gradient at the output of {name} is not finite in window {number} of the calibration text; set "
                         "rounding.token_weights=equal, or use a wider dtype (dtype=float32)"
                     )
-                found[name] = weight.cpu()
+                found[name] = next(rows).copy_(weight)
         return found
 
     def _of_head(self, window: Tensor, state: PartState, generator: torch.Generator, number: int) -> list[Tensor | None]:

@@ -24,8 +24,10 @@ from fptquant.rounding import token_weights
 from fptquant.rounding.clip_ranges import clip_ranges_
 from fptquant.rounding.round_gptq import round_gptq_
 from fptquant.rounding.token_weights import find_token_weights
+from tests.memory import measurable
 from tests.models.prepare import setting
 from tests.models.tiny import ARCHITECTURES, tiny_model
+from tests.program import run_python
 from tests.rounding.test_round_gptq import FULL, WINDOWS, prepared
 from tests.rounding.together import round_together
 
@@ -276,3 +278,30 @@ def test_gradients_that_are_not_finite_are_named() -> None:
     with hooked([activation.register_forward_hook(spoil)]), pytest.raises(UserError) as caught:
         find_token_weights(model, WINDOWS, seed=0)
     assert "layers.1.gate_proj is not finite in window 0" in str(caught.value)
+
+
+MEMORY = """
+import torch
+from fptquant.rounding.token_weights import find_token_weights
+from tests.memory import memory
+from tests.models.tiny import tiny_model
+from fptquant.models.instrument import instrument
+from fptquant.stages.set_ranges import set_weight_ranges_
+from tests.models.prepare import setting
+
+torch.set_num_threads(1)
+sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 704, "num_hidden_layers": 4, "max_position_embeddings": 512}
+model = tiny_model("LlamaForCausalLM", **sizes)
+instrument(model, setting(weight={"bits": 4}))
+set_weight_ranges_(model)
+windows = torch.randint(3, 101, (32, 512), generator=torch.Generator().manual_seed(0))
+held = []
+find_token_weights(model, windows, seed=0, progress=lambda *_: held.append(memory("VmRSS")))
+print(held[31] - held[7])
+"""
+
+
+@measurable
+def test_memory_does_not_grow_with_the_windows() -> None:
+    """Small tensors that are kept among large ones that are freed kept all of that memory from being used again."""
+    assert int(run_python(MEMORY)) < 32 * 2**20
