@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fptquant.errors import UserError
+
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "datasets", "pydantic")
 
 
@@ -23,6 +25,7 @@ def diagnostics() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": _threads(),
+        "float32_products": _float32_products(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -62,6 +65,16 @@ def _cuda() -> dict[str, Any]:
 def _threads() -> int | None:
     torch = sys.modules.get("torch")
     return None if torch is None else int(torch.get_num_threads())
+
+
+def _float32_products() -> str:
+    """Who multiplies float32 matrices, or why that is not known."""
+    try:
+        from fptquant.float32_products import float32_products
+
+        return float32_products()
+    except (ImportError, UserError) as error:
+        return str(error)
 
 
 def cpu_model() -> str:
@@ -112,6 +125,7 @@ def print_diagnostics() -> None:
             table.add_row("CUDA kernels", str(core["cuda"]))
     table.add_row("CUDA", f"{cuda['device']}, CUDA {cuda['version']}" if cuda["available"] else f"no: {cuda['reason']}")
     table.add_row("processor", f"{info['cpu']}, {info['cores']} cores, {info['threads']} threads in use")
+    table.add_row("float32 products", info["float32_products"])
     table.add_row("Python", f"{info['python']} on {info['platform']}")
     table.add_row("packages", ", ".join(f"{name} {version}" for name, version in info["versions"].items()))
     for name, value in info["variables"].items():

@@ -278,9 +278,17 @@ def test_diagnostics_name_the_build() -> None:
     info = diagnostics()
     assert info["core"]["isa"] in ("scalar", "avx2", "avx512")
     assert info["core"]["isa_reason"]
+    assert info["float32_products"] in ("oneDNN", "torch")
     found = subprocess.run([sys.executable, "-m", "fptquant"], capture_output=True, text=True, check=True)
     for word in ("C core", "instruction set", "CUDA", "torch", info["core"]["isa"]):
         assert word in found.stdout
+
+
+def test_diagnostics_name_a_mistake_in_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fptquant.diagnostics import diagnostics
+
+    monkeypatch.setenv("FPTQUANT_FLOAT32_PRODUCTS", "mkl")
+    assert "must be auto, onednn or torch" in diagnostics()["float32_products"]
 
 
 def test_an_impossible_instruction_set_is_one_message() -> None:
