@@ -1,7 +1,8 @@
 """Divergence straight from hidden states and the head's weight, in chunks of tokens: full logits never exist.
 
-Each chunk's logits of student and teacher go into two buffers that all chunks share; the gradient of the student's logits is
-written over them and at once multiplied by the head's weight, so that only the gradient of the hidden states is kept.
+Each chunk's logits of student and teacher go into two buffers that all chunks share (oneDNN makes new ones, after those of the
+chunk before are freed); the gradient of the student's logits is written over them and at once multiplied by the head's weight, so
+that only the gradient of the hidden states is kept.
 """
 
 from __future__ import annotations
