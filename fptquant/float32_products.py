@@ -97,10 +97,10 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is _aten.mm.default and _suits(*args):
-            return _linear(args[0], args[1].t(), None)
-        if func is _aten.addmm.default and not kwargs and args[0].dim() == 1 and _suits(args[1], args[2], args[0]):
-            return _linear(args[1], args[2].t(), args[0])
+        if func is _aten.mm.default:
+            return product(*args)
+        if func is _aten.addmm.default and not kwargs and args[0].dim() == 1:
+            return product(args[1], args[2], args[0])
         if func in (_aten.linear.default, _aten.matmul.default):  # whole, as they are under inference_mode
             with self:
                 return func.decompose(*args, **kwargs)
