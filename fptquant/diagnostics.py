@@ -77,15 +77,21 @@ def _float32_products() -> str:
         return str(error)
 
 
-def cpu_model() -> str:
-    """Name of the processor."""
+def cpu_field(name: str) -> str | None:
+    """What Linux says of the first processor under this name; None where it says nothing."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+            field, _, value = line.partition(":")
+            if field.strip() == name:
+                return value.strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return None
+
+
+def cpu_model() -> str:
+    """Name of the processor."""
+    return cpu_field("model name") or platform.processor() or platform.machine()
 
 
 def source_commit() -> str | None:

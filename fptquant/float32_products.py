@@ -10,13 +10,13 @@ import os
 import threading
 from collections.abc import Callable
 from functools import cache, wraps
-from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fptquant.diagnostics import cpu_field
 from fptquant.errors import UserError
 
 P = ParamSpec("P")
@@ -30,17 +30,10 @@ _aten = torch.ops.aten
 
 
 @cache
-def _is_amd() -> bool:
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-
-
-@cache
 def _faster() -> bool:
     """Whether oneDNN is faster here. Where a GPU computes, looking at every operation would only cost time."""
-    return _is_amd() and torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cuda.is_available()
+    amd = cpu_field("vendor_id") == "AuthenticAMD"
+    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cuda.is_available()
 
 
 @cache

@@ -165,7 +165,7 @@ def test_the_choice_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("gpu", [False, True])
 def test_the_default_is_what_is_faster(monkeypatch: pytest.MonkeyPatch, amd: bool, capability: str, gpu: bool) -> None:
     monkeypatch.delenv(products.CHOICE, raising=False)
-    monkeypatch.setattr(products, "_is_amd", lambda: amd)
+    monkeypatch.setattr(products, "cpu_field", {"vendor_id": "AuthenticAMD" if amd else "GenuineIntel"}.get)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(products, "_faster", products._faster.__wrapped__)
