@@ -43,6 +43,8 @@ class Evaluation:
     """Predictions that were scored: one fewer than there are tokens in each window."""
     seconds: float
     text_name: str
+    kl: float | None = None
+    """Mean KL(p || q), p the reference's next-token distributions, in nats; None in results of before it was measured."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -202,21 +204,28 @@ def _score_window(
     index: int,
 ) -> Score:
     """The sums of one window; every position but the last predicts the token after it."""
-    sum_nll, sum_jsd, agreed, count = 0.0, 0.0, 0, 0
+    sums = Score()
     vocabulary = int(model.config.vocab_size)
     targets = window[1:].to(hidden.device)
     teacher = None if reference is None else reference.hidden[index, :-1]
     for where, logits in logit_chunks(head, vocabulary, hidden[:-1]):
         nll = ops.cross_entropy(logits, targets[where])
         check_finite(model, window, nll, where.start, index)
-        sum_nll += float(nll.sum(dtype=torch.float64))
-        count += len(logits)
-        if reference is None or teacher is None:
-            continue
-        expected = reference.head(teacher[where]).to(logits)  # the reference may be on another device
-        sum_jsd += float(ops.divergence(logits, expected, kind="jsd").sum(dtype=torch.float64))
-        agreed += int((logits.argmax(-1) == expected.argmax(-1)).sum())
-    return Score(sum_nll, sum_jsd, agreed, count)
+        found = Score(nll=_sum(nll), tokens=len(logits))
+        if reference is not None and teacher is not None:
+            expected = reference.head(teacher[where]).to(logits)  # the reference may be on another device
+            found = replace(
+                found,
+                jsd=_sum(ops.divergence(logits, expected, kind="jsd")),
+                kl=_sum(ops.divergence(logits, expected, kind="forward_kl")),
+                agreed=int((logits.argmax(-1) == expected.argmax(-1)).sum()),
+            )
+        sums = Score.of_all((sums, found))
+    return sums
+
+
+def _sum(values: Tensor) -> float:
+    return float(values.sum(dtype=torch.float64))
 
 
 def _evaluation(scores: Sequence[Score], text_name: str, *, compared: bool, shared: bool) -> Evaluation:
@@ -229,6 +238,7 @@ def _evaluation(scores: Sequence[Score], text_name: str, *, compared: bool, shar
         tokens=sums.tokens,
         seconds=sums.seconds / world_size() if shared else sums.seconds,
         text_name=text_name,
+        kl=sums.kl / sums.tokens if compared else None,
     )
 
 

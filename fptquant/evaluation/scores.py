@@ -20,6 +20,7 @@ class Score:
     tokens: int = 0
     seconds: float = 0.0
     """Time that this took."""
+    kl: float = 0.0
 
     @staticmethod
     def of_all(scores: Sequence[Score]) -> Score:

@@ -123,6 +123,7 @@ _ALL_COLUMNS = (
     _Column("perplexity", _of_evaluation(lambda found: format_perplexity(found.perplexity)), always=True),
     _Column("published", _published),
     _Column("JSD", _of_evaluation(lambda found: _optional(found.jsd, "{:.4f}".format)), always=True),
+    _Column("KL", lambda row: _optional(row.evaluation.kl if row.evaluation else None, "{:.4f}".format), wide=True),
     _Column("top-1", _of_evaluation(lambda found: _optional(found.top1_agreement, _percent)), always=True),
     _Column("zero-shot", lambda row: _optional(row.mean_accuracy, _percent)),
     _Column(
@@ -136,6 +137,7 @@ _WIDE = 110
 """Characters of a terminal that shows all columns."""
 _MEANINGS = {
     "JSD": "mean Jensen-Shannon divergence from the full-precision model in nats",
+    "KL": "mean Kullback-Leibler divergence from the full-precision model in nats",
     "top-1": "how often both find the same token likeliest",
     "zero-shot": "mean accuracy of the tasks",
     "published": "the value that a paper prints, and how far the measured one is from it",
@@ -226,7 +228,7 @@ def _linked(row: Row, column: _Column) -> str:
 
 
 _CSV_COLUMNS = (
-    "model", "method", "setting", "perplexity", "published", "source", "jsd", "top1_agreement", "tokens", "text_name",
+    "model", "method", "setting", "perplexity", "published", "source", "jsd", "kl", "top1_agreement", "tokens", "text_name",
     "mean_accuracy", "added_macs", "added_share", "scales", "seconds", "peak_bytes", "config", "error",
 )  # fmt: skip
 

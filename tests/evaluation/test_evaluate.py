@@ -40,6 +40,7 @@ def test_against_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     m = (p + q) / 2
     jsd = ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)).mean() / 2
     assert found.jsd == pytest.approx(float(jsd), rel=1e-5)
+    assert found.kl == pytest.approx(float((q * (q / p).log()).sum(-1).mean()), rel=1e-5)
     assert found.top1_agreement == float((logits.argmax(-1) == expected.argmax(-1)).double().mean())
     assert found.tokens == 2 * 63
     assert seen[-1] == (2, 2, "evaluation")
@@ -51,7 +52,8 @@ def test_the_reference_agrees_with_itself_after_its_model_changed() -> None:
     again = evaluate(teacher, tiny_tokenizer(), text="topics", windows=2, window=64, reference=cache)
     assert evaluation.perplexity == pytest.approx(again.perplexity, rel=1e-7)
     assert again.jsd == pytest.approx(0, abs=1e-7)
-    assert (again.top1_agreement, evaluation.top1_agreement, evaluation.jsd) == (1, 1, 0)
+    assert (again.top1_agreement, evaluation.top1_agreement, evaluation.jsd, evaluation.kl) == (1, 1, 0, 0)
+    assert again.kl == pytest.approx(0, abs=1e-7)
     before = cache.head.weight.clone()
     with torch.no_grad():
         teacher.lm_head.weight.mul_(2)

@@ -110,7 +110,7 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
     cell = folder / "cells" / "tiny" / "rotated-w4a4kv4-dynamic"
     assert {path.name for path in (cell / "plots").iterdir()} == {"activations.png", "outliers.png", "block_errors.png"}
     text = (folder / "table.md").read_text()
-    heads = "| method | setting | perplexity | published | JSD | top-1 | added MACs | scales | seconds | peak MiB |"
+    heads = "| method | setting | perplexity | published | JSD | KL | top-1 | added MACs | scales | seconds | peak MiB |"
     assert heads in text
     links = re.findall(r"\]\((.*?)\)", text)
     assert len(links) == 2
