@@ -144,6 +144,53 @@ def test_every_name_in_backticks_is_used_by_the_code(document: Path) -> None:
     assert names - outside <= words_of_the_code(), names - outside - words_of_the_code()
 
 
+# ------------------------------------------------------------------------------------------- what method pages point at
+
+REFERENCE = re.compile(r"\[`[^`]+`\]\(([^)]+)\)((?:,?\s+(?:and\s+)?`[^`]+`)+)")
+"""A link to a file and the symbols behind it that are to be found there."""
+PAGES_OF_METHODS = [page for page in sorted(METHOD_PAGES.glob("*.md")) if page.stem != "index"]
+
+
+@cache
+def symbols_of(path: Path) -> frozenset[str]:
+    """What a Python file defines, members with the name of their class; of any other file all words."""
+    text = path.read_text(encoding="utf-8")
+    return frozenset(defined(ast.parse(text).body) if path.suffix == ".py" else re.findall(r"\w+", text))
+
+
+def defined(body: list[ast.stmt]) -> Iterator[str]:
+    """Names of functions, classes and variables, and ``Class.member`` of what a class or its methods define."""
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            yield from (node.name, *(f"{node.name}.{member}" for member in (*defined(node.body), *attributes(node))))
+        elif isinstance(node, ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def attributes(node: ast.ClassDef) -> Iterator[str]:
+    """``name`` of every ``self.name = ...``."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store) and getattr(part.value, "id", "") == "self":
+            yield part.attr
+
+
+@pytest.mark.parametrize("page", PAGES_OF_METHODS, ids=ids)
+def test_every_symbol_of_a_method_page_is_in_the_file_that_it_names(page: Path) -> None:
+    references = REFERENCE.findall(page.read_text(encoding="utf-8"))
+    named = [(page.parent / link, symbol) for link, symbols in references for symbol in re.findall(r"`([^`]+)`", symbols)]
+    assert len(named) >= 10
+    assert not [(path.name, symbol) for path, symbol in named if symbol not in symbols_of(path.resolve())]
+
+
+def test_a_symbol_that_is_used_but_not_defined_is_missing(tmp_path: Path) -> None:
+    file = tmp_path / "file.py"
+    file.write_text("from a import used\nclass C:\n    x: int\n    def f(self):\n        self.y, g = used(1), 2\n")
+    assert symbols_of(file) == {"C", "C.x", "C.f", "C.y"}
+
+
 # -------------------------------------------------------------------------------------------------------------- commands
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -117,6 +118,14 @@ class ResidualRotation(Transform):
         self.signs = self.signs.new_zeros(0)
         with torch.no_grad():
             self.generator.zero_()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Takes either description of B, whichever this rotation has: one that was learned began with another."""
+        for name, axes in (("signs", 1), ("dense", 2)):
+            stored = state_dict.get(prefix + name)
+            if stored is not None and stored.shape in ((0,), (self.hidden_size,) * axes):
+                setattr(self, name, getattr(self, name).new_empty(stored.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def frozen(self) -> ResidualRotation:
         """The same rotation with the parameter absorbed into the start, so that many merges compute C only once."""

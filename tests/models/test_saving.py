@@ -40,6 +40,17 @@ def test_a_disk_that_fills_up_while_weights_are_written(tmp_path: Path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_model_whose_rotation_was_learned_comes_back(tmp_path: Path) -> None:
+    model, tokenizer = fq.load_model(save_tiny_folder(tmp_path / "model"))
+    learned = "transforms.residual_rotation={start: random_hadamard, learn: true, steps: 1}"
+    result = fq.calibrate(model, tokenizer, fq.load_config("smoke", learned), progress=lambda done, total, text: None)
+    rotation = result.transforms.residual_rotation
+    assert rotation is not None
+    assert not rotation.is_fast
+    loaded, _ = fq.load_calibrated(result.save(tmp_path / "out"))
+    assert torch.equal(loaded(token_ids()).logits, result.model(token_ids()).logits)
+
+
 def test_ranges_per_head_and_per_group_come_back(tmp_path: Path) -> None:
     model, tokenizer = fq.load_model(save_tiny_folder(tmp_path / "model"))
     groups = ["quantization.activation={granularity: per_group, group_size: 8}", "quantization.overrides.o_in.granularity=per_head"]

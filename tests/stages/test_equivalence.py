@@ -21,17 +21,25 @@ from tests.stages.transformed import SIZES, act_online, fused_model, logits, ran
 MERGEABLE = {
     "T_n": TransformOptions(norm_scaling=True),
     "T_k": TransformOptions(query_key_rotation=True),
+    "T_k-scale": TransformOptions(query_key_rotation=True, query_key_constraint="scale"),
     "T_v-identity": TransformOptions(value_mixing="identity"),
     "T_v-hadamard": TransformOptions(value_mixing="hadamard"),
     "T_v-random-hadamard": TransformOptions(value_mixing="random_hadamard"),
     "T_v-orthogonal": TransformOptions(value_mixing="random_orthogonal", value_constraint="orthogonal"),
+    "T_v-diagonal": TransformOptions(value_mixing="identity", value_constraint="diagonal"),
     "T_u": TransformOptions(up_scaling=True),
     "T_r-hadamard": TransformOptions(residual_rotation="hadamard"),
     "T_r-random-hadamard": TransformOptions(residual_rotation="random_hadamard"),
     "T_r-orthogonal": TransformOptions(residual_rotation="random_orthogonal"),
+    "scales": TransformOptions(
+        norm_scaling=True,
+        query_key_rotation=True,
+        query_key_constraint="scale",
+        value_mixing="identity",
+        value_constraint="diagonal",
+    ),
     "all": TransformOptions(True, True, value_mixing="hadamard", up_scaling=True, residual_rotation="random_hadamard"),
 }
-ALL_BUT_T_K = replace(MERGEABLE["all"], query_key_rotation=False)
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 BOUNDS = {torch.bfloat16: 0.1, torch.float32: 2e-5, torch.float64: 1e-12}
 """Largest relative error of the logits: some tens of roundings of each dtype; random transforms of condition below 100."""
@@ -39,9 +47,14 @@ BOUNDS = {torch.bfloat16: 0.1, torch.float32: 2e-5, torch.float64: 1e-12}
 ALL_ARCHITECTURES = sorted(ARCHITECTURES)
 
 
+def allowed(architecture: str, name: str) -> TransformOptions:
+    """Of these transforms those that the architecture allows."""
+    return replace(MERGEABLE[name], query_key_rotation=False) if architecture == "Qwen3ForCausalLM" else MERGEABLE[name]
+
+
 def everything(architecture: str) -> TransformOptions:
     """All mergeable transforms that the architecture allows."""
-    return ALL_BUT_T_K if architecture == "Qwen3ForCausalLM" else MERGEABLE["all"]
+    return allowed(architecture, "all")
 
 
 ALLOWED = [
@@ -62,7 +75,7 @@ def test_each_transform_keeps_the_logits(architecture: str, name: str) -> None:
     assert relative_error(logits(model), before) < BOUNDS[torch.float64]
     assert transforms.fully_mergeable
     changed = not torch.equal(view_model(model).blocks[1].v_proj.weight, weight)
-    assert changed == (name.startswith(("T_n", "T_v", "T_r")) or name == "all")
+    assert changed == (name.startswith(("T_n", "T_v", "T_r")) or name in ("scales", "all"))
 
 
 @pytest.mark.parametrize("architecture", ALL_ARCHITECTURES)
@@ -76,13 +89,14 @@ def test_all_together_at_every_size_with_tied_embeddings(architecture: str, size
     assert relative_error(logits(model), before) < BOUNDS[torch.float64]
 
 
+@pytest.mark.parametrize("name", ["scales", "all"])
 @pytest.mark.parametrize("architecture", ALL_ARCHITECTURES)
-def test_the_error_falls_with_the_dtype(architecture: str) -> None:
+def test_the_error_falls_with_the_dtype(architecture: str, name: str) -> None:
     errors = []
     for dtype in DTYPES:
         model = fused_model(architecture, "hidden-72", dtype=dtype)
         before = logits(model)
-        transforms = random_transforms(model, everything(architecture))
+        transforms = random_transforms(model, allowed(architecture, name))
         merge_transforms_(model, transforms)
         errors.append(relative_error(logits(model), before))
         assert errors[-1] < BOUNDS[dtype]
@@ -90,10 +104,11 @@ def test_the_error_falls_with_the_dtype(architecture: str) -> None:
     assert errors[2] < 1e-6 * errors[1]
 
 
+@pytest.mark.parametrize("name", ["scales", "all"])
 @pytest.mark.parametrize("architecture", ALL_ARCHITECTURES)
-def test_merged_is_online(architecture: str) -> None:
-    model = fused_model(architecture)
-    transforms = random_transforms(model, everything(architecture))
+def test_merged_is_online(architecture: str, name: str) -> None:
+    model = fused_model(architecture, "hidden-72")
+    transforms = random_transforms(model, allowed(architecture, name))
     online = copy.deepcopy(model)
     act_online(online, transforms)
     merge_transforms_(model, transforms)

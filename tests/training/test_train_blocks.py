@@ -12,20 +12,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import fptquant as fq
+from fptquant.config.schema import Config
 from fptquant.config.training import BlockTrainingConfig
 from fptquant.data.training import TrainingData
 from fptquant.files import KeptFiles
-from fptquant.models.adapter import view_model
-from fptquant.models.instrument import instrument, iter_quantizers, kept_modes, range_tensors, set_modes
-from fptquant.models.prefix import compute_prefix_
+from fptquant.models.adapter import model_sizes, view_model
+from fptquant.models.instrument import instrument, instrument_for, iter_quantizers, kept_modes, range_tensors, set_modes
+from fptquant.models.norm import widen_norms_
+from fptquant.models.prefix import compute_prefix_, prefix_off
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.stages.calibrate import CalibrationResult
+from fptquant.stages.fuse_norms import fuse_norms_
+from fptquant.stages.merge_transforms import rotate_residual_
 from fptquant.stages.progress import quiet
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
 from fptquant.training.checkpoint import Checkpoint, save_checkpoint
 from fptquant.training.train_blocks import FOLDER, KEPT, train_blocks_
 from fptquant.training.transform_student import attach_transforms_, merge_attached_
-from fptquant.transforms import ModelTransforms, TransformOptions
+from fptquant.transforms import ModelTransforms, TransformOptions, build_transforms
 from tests.models.prepare import setting
 from tests.models.tiny import ARCHITECTURES, tiny_model, token_ids
 from tests.stages.transformed import fused_model, random_transforms
@@ -46,12 +50,64 @@ def attached(architecture: str, *, prefix: bool = False, spread: bool = False, b
     for parameter in () if spread else transforms.parameters():
         parameter.data.zero_()
     instrument(model, setting(bits, weight_bits=4, prefix=[3, 4] if prefix else None), residual_scaling="input", down_hadamard=True)
+    return ready(model, transforms, [3, 4] if prefix else None), transforms
+
+
+def ready(model: PreTrainedModel, transforms: ModelTransforms, prefix: list[int] | None) -> PreTrainedModel:
+    """An instrumented model with its transforms attached, a prefix, and ranges that are set and on."""
     attach_transforms_(model, transforms)
-    if prefix:
-        compute_prefix_(model, [3, 4])
+    if prefix is not None:
+        compute_prefix_(model, prefix)
     set_weight_ranges_(model)
     set_activation_ranges_(model, WINDOWS)
-    return model, transforms
+    return model
+
+
+RECIPES = {
+    "flatquant-static": ("flatquant", "quantization=w4a4kv4-static", "quantization.prefix=null"),
+    "flatquant-dynamic": ("flatquant", "quantization=w4a4kv4-dynamic", "quantization.prefix=null"),
+    "omniquant-static": ("omniquant", "quantization=w4a4kv4-static", "quantization.prefix=null"),
+    "omniquant-dynamic": ("omniquant", "quantization=w4a4kv4-dynamic", "quantization.prefix=null"),
+    "prefixquant": ("prefixquant", "quantization=w4a4kv4-static", "quantization.prefix=[3, 4]"),
+}
+LEARN = {
+    "flatquant": {"kronecker", "query_key_mixing", "value_mixing", "norm_scaling", "up_scaling", "weight_range",
+                  "activation_range", "kv_cache_range"},
+    "omniquant": {"norm_scaling", "value_mixing", "query_key_rotation", "weight_range"},
+    "prefixquant": {"weight_range", "activation_range", "kv_cache_range"},
+}  # fmt: skip
+"""What is trained, by the recipes' descriptions."""
+
+
+def settings_of(config: Config, **options: Any) -> BlockTrainingConfig:
+    """A recipe's block training, short enough for `DATA`."""
+    assert config.block_training is not None
+    short = {"steps": 24, "batch": 3, "evaluate_every": 8}
+    return BlockTrainingConfig.model_validate(config.block_training.model_dump() | short | options)
+
+
+def loud_model(config: Config) -> PreTrainedModel:
+    """A tiny random model with grouped heads, and two loud channels in each norm's output, prepared as the recipe says."""
+    model = tiny_model("LlamaForCausalLM", dtype=torch.float64, attention_bias=True, mlp_bias=True).requires_grad_(False)
+    widen_norms_(model)
+    for block in view_model(model).blocks:
+        for norm in (block.input_norm, block.post_norm):
+            norm.weight.data[[5, 40]] *= 4  # type: ignore[index]
+    if config.norm_gains == "fused":
+        fuse_norms_(model)
+    return model
+
+
+def of_recipe(name: str, *overrides: str) -> tuple[Any, ModelTransforms, Config]:
+    """A model at the beginning of the recipe's block training."""
+    config = fq.load_config(*RECIPES[name], *overrides)
+    model = loud_model(config)
+    transforms = build_transforms(model_sizes(view_model(model)), TransformOptions.of(config.transforms), seed=3)
+    if transforms.residual_rotation is not None:
+        rotate_residual_(model, transforms.residual_rotation)
+    instrument_for(model, config, transforms)
+    prefix = config.quantization.prefix
+    return ready(model, transforms, prefix if isinstance(prefix, list) else None), transforms, config
 
 
 def outputs(model: Any, windows: Tensor) -> list[Tensor]:
@@ -72,14 +128,15 @@ def outputs(model: Any, windows: Tensor) -> list[Tensor]:
     return found
 
 
-def error(model: Any, windows: Tensor) -> list[float]:
-    """Of each block's output by passes of the whole model: mean over tokens of squared error over squared size."""
+def error(model: Any, windows: Tensor, *, relative: bool = True) -> list[float]:
+    """Of each block's output by passes of the whole model: the mean squared error of a token, in proportion to its size or not."""
     quantized = outputs(model, windows)
     with kept_modes(model):
         set_modes(model, "off")
         exact = outputs(model, windows)
-    pairs = zip(quantized, exact, strict=True)
-    return [float(((y - t).square().sum(-1) / t.square().sum(-1)).mean()) for y, t in pairs]
+    errors = [(y - t).square().mean(-1) for y, t in zip(quantized, exact, strict=True)]
+    sizes = [t.square().mean(-1) if relative else torch.ones(()) for t in exact]
+    return [float((found / size).mean()) for found, size in zip(errors, sizes, strict=True)]
 
 
 @pytest.mark.parametrize("prefix", [False, True], ids=["", "prefix"])
@@ -111,17 +168,77 @@ def test_every_block_comes_closer_and_the_merged_model_does_the_same(architectur
     assert set(groups) - set(report["parameters"]) == ({"query_key_rotation"} if architecture == "Qwen3ForCausalLM" else set())
     assert not any(parameter.requires_grad for parameter in transforms.parameters())
     assert all(quantizer.scale is None or not quantizer.scale.requires_grad for _, quantizer in iter_quantizers(model))
-    with torch.no_grad():
-        attached_logits = model(HELD_OUT).logits
-        merge_attached_(model, transforms)
-        merged_logits = model(HELD_OUT).logits
-        set_modes(model, "off")
-        plain = model(HELD_OUT).logits
+    check_merging(model, transforms, fused_model(architecture, "hidden-36", dtype=torch.float64))
+
+
+@torch.no_grad()
+def check_merging(model: Any, transforms: ModelTransforms, plain: PreTrainedModel) -> None:
+    """Merges trained transforms: logits are those before, and without quantizers and a prefix those of the plain model."""
+    attached_logits = model(HELD_OUT).logits
+    merge_attached_(model, transforms)
+    merged_logits = model(HELD_OUT).logits
+    set_modes(model, "off")
+    with prefix_off(model):
+        unquantized = model(HELD_OUT).logits
     # a value in the middle between two steps may go either way
-    agree = (attached_logits - merged_logits).abs() < 1e-9 * plain.abs().max()
+    agree = (attached_logits - merged_logits).abs() < 1e-9 * unquantized.abs().max()
     assert float(agree.double().mean()) > 0.9
-    exact = fused_model(architecture, "hidden-36", dtype=torch.float64)(HELD_OUT).logits
-    assert (plain - exact).abs().max() < 1e-5 * exact.abs().max()  # parameters are float32
+    exact = plain(HELD_OUT).logits
+    assert (unquantized - exact).abs().max() < 1e-5 * exact.abs().max()  # parameters are float32
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_block_of_a_recipe_comes_closer_and_the_merged_model_does_the_same(name: str) -> None:
+    """PrefixQuant learns ranges alone, which begin where the squared error of what they round is least."""
+    model, transforms, config = of_recipe(name)
+    before = error(model, HELD_OUT, relative=False)
+    report = train_blocks_(model, transforms, settings_of(config), DATA, seed=0, belongs_to={})
+    after = error(model, HELD_OUT, relative=False)
+    assert all(new < 0.97 * old for new, old in zip(after, before, strict=True))
+    assert [block["best"] for block in report["blocks"]] == pytest.approx(after, rel=1e-6)
+    assert set(report["parameters"]) == LEARN[config.name]
+    check_merging(model, transforms, loud_model(config))
+
+
+WHOLE = ("quantization.activation.range.clip_ratio=1", "quantization.kv_cache.range.clip_ratio=1")
+
+
+def test_what_dynamic_quantizers_clip_is_learned_and_brings_blocks_closer() -> None:
+    """With all other rates null, from ranges that clip nothing: nothing else can have done it."""
+    model, transforms, config = of_recipe("flatquant-dynamic", *WHOLE)
+    before = error(model, HELD_OUT, relative=False)
+    rates = dict.fromkeys(LEARN["flatquant"]) | {"activation_range": 0.02, "kv_cache_range": 0.02}
+    report = train_blocks_(model, transforms, settings_of(config, lr=rates), DATA, seed=0, belongs_to={})
+    after = error(model, HELD_OUT, relative=False)
+    assert all(new < 0.97 * old for new, old in zip(after, before, strict=True))
+    assert set(report["parameters"]) == {"activation_range", "kv_cache_range"}
+    clips = [quantizer.clip for _, quantizer in iter_quantizers(model) if quantizer.dynamic]
+    assert len(clips) == 12
+    assert all(clip is not None and abs(float(clip) - 1) > 1e-3 for clip in clips)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_that_is_killed_goes_on_with_the_same_bits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(**options: Any) -> dict[str, Tensor]:
+        model, transforms, config = of_recipe(name)
+        settings = settings_of(config, steps=2, evaluate_every=1, checkpoint_seconds=0.0)
+        train_blocks_(model, transforms, settings, DATA, seed=0, belongs_to={}, **options)
+        return range_tensors(model) | transforms.state_dict() | {"logits": model(HELD_OUT).logits}
+
+    def stop(path: Path, saved: Checkpoint) -> None:
+        save_checkpoint(path, saved)
+        if path.parent.name == "1" and saved.position.step == 1:
+            raise KeyboardInterrupt
+
+    expected = train()
+    monkeypatch.setattr("fptquant.training.train_blocks.KeptFiles", lambda folder: KeptFiles(folder, 0.0))
+    with monkeypatch.context() as patched:
+        patched.setattr("fptquant.training.train_end_to_end.save_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder=tmp_path)
+    found = train(folder=tmp_path, resume=True)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 SHORT = (
@@ -134,11 +251,12 @@ MORE = (
     "rounding={method: gptq, text: topics, windows: 2, window: 32}",
     "range_training={steps: 2, window: 32, text: topics, held_out_windows: 1, evaluate_every: 1}",
 )
+DYNAMIC = ("quantization=w4a4kv4-dynamic",)
 
 
-def calibrate(*overrides: str, **options: Any) -> CalibrationResult:
+def calibrate(*overrides: str, recipe: str = "fptquant-local", **options: Any) -> CalibrationResult:
     model = tiny_model("LlamaForCausalLM", vocab_size=VOCABULARY)
-    config = fq.load_config("fptquant-local", *SHORT, *overrides)
+    config = fq.load_config(recipe, *SHORT, *overrides)
     return fq.calibrate(model, tiny_tokenizer(), config, progress=quiet, **options)
 
 
@@ -173,13 +291,15 @@ def test_static_ranges_that_do_not_learn_are_set_anew_for_what_the_blocks_have_l
 
 
 @pytest.mark.filterwarnings("ignore:.*did not lower", "ignore:the held-out divergence")
-@pytest.mark.parametrize("more", [(), MORE], ids=["alone", "with-everything"])
+@pytest.mark.parametrize(
+    ("recipe", "more"), [("flatquant", DYNAMIC), ("fptquant-local", MORE)], ids=["flatquant", "with-everything"]
+)
 @pytest.mark.parametrize("seconds", [0.0, 60.0], ids=["kept", "lost"])
 @pytest.mark.parametrize("last", [2, 4], ids=["in-a-block", "after-a-block"])
 def test_a_run_that_is_killed_goes_on_with_the_same_bits(
-    last: int, seconds: float, more: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    last: int, seconds: float, recipe: str, more: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = calibrate(*more)
+    whole = calibrate(*more, recipe=recipe)
 
     def stop(path: Path, saved: Checkpoint) -> None:
         save_checkpoint(path, saved)
@@ -190,11 +310,14 @@ def test_a_run_that_is_killed_goes_on_with_the_same_bits(
     with monkeypatch.context() as patched:
         patched.setattr("fptquant.training.train_end_to_end.save_checkpoint", stop)
         with pytest.raises(KeyboardInterrupt):
-            calibrate("block_training.checkpoint_seconds=0", *more, folder=tmp_path)
+            calibrate("block_training.checkpoint_seconds=0", *more, recipe=recipe, folder=tmp_path)
     assert (tmp_path / KEPT / "block-0.safetensors").is_file() == (seconds == 0)
-    again = calibrate("block_training.checkpoint_seconds=0", *more, folder=tmp_path, resume=True)
+    again = calibrate("block_training.checkpoint_seconds=0", *more, recipe=recipe, folder=tmp_path, resume=True)
     expected, found = (result.model.state_dict() for result in (whole, again))
+    assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+    online, again_online = whole.transforms.state_dict(), again.transforms.state_dict()
+    assert all(torch.equal(online[name], again_online[name]) for name in online)
     lines = [json.loads(line) for line in (tmp_path / FOLDER / "1" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4]
 

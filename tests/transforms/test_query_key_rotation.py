@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,12 +11,13 @@ from torch import Tensor
 from fptquant.errors import UserError
 from fptquant.transforms import QueryKeyRotation
 from fptquant.transforms.base import generator
+from fptquant.transforms.query_key_rotation import PairConstraint
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 
 
-def rotation() -> QueryKeyRotation:
-    transform = QueryKeyRotation(KV_HEADS, HEAD_DIM)
+def rotation(constraint: PairConstraint = "none") -> QueryKeyRotation:
+    transform = QueryKeyRotation(KV_HEADS, HEAD_DIM, constraint=constraint)
     transform.randomize_(generator(0))
     return transform.requires_grad_(False)
 
@@ -32,9 +35,10 @@ def scores(queries: Tensor, keys: Tensor) -> Tensor:
     return torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(HEADS // KV_HEADS, 1))
 
 
+@pytest.mark.parametrize("constraint", get_args(PairConstraint))
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
-def test_scores_after_rope_are_unchanged(dtype: torch.dtype, bound: float) -> None:
-    rng, transform = generator(1), rotation()
+def test_scores_after_rope_are_unchanged(dtype: torch.dtype, bound: float, constraint: PairConstraint) -> None:
+    rng, transform = generator(1), rotation(constraint)
     queries = torch.randn(5, HEADS * HEAD_DIM, generator=rng, dtype=dtype)
     keys = torch.randn(5, KV_HEADS * HEAD_DIM, generator=rng, dtype=dtype)
     difference = scores(transform.forward_query(queries), transform(keys)) - scores(queries, keys)
@@ -47,9 +51,10 @@ def test_inverse_undoes_forward() -> None:
     torch.testing.assert_close(transform.inverse(transform(keys)), keys, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("constraint", get_args(PairConstraint))
 @pytest.mark.parametrize("side", ["key", "query"])
-def test_merged_is_online_with_bias(side: str) -> None:
-    rng, transform = generator(2), rotation()
+def test_merged_is_online_with_bias(side: str, constraint: PairConstraint) -> None:
+    rng, transform = generator(2), rotation(constraint)
     rows = (KV_HEADS if side == "key" else HEADS) * HEAD_DIM
     weight = torch.randn(rows, 7, generator=rng, dtype=torch.float64)
     bias, x = torch.randn(rows, generator=rng, dtype=torch.float64), torch.randn(5, 7, generator=rng, dtype=torch.float64)

@@ -76,15 +76,18 @@ def test_a_matrix_can_be_set_and_is_made_orthogonal_to_float64() -> None:
         transform.set_matrix_(torch.eye(3))
 
 
-def test_the_state_can_be_saved_and_loaded() -> None:
-    learned = rotation("random_hadamard")
-    learned.set_matrix_(rotation("random_orthogonal").matrix())
-    fresh = ResidualRotation(36)
+@pytest.mark.parametrize("start", get_args(Start))
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_state_can_be_saved_and_loaded_whatever_a_rotation_began_with(start: Start, learned: bool) -> None:
+    source = rotation("random_hadamard")
+    if learned:
+        source.set_matrix_(rotation("random_orthogonal").matrix())
+    fresh = ResidualRotation(36, start=start, seed=9)
+    fresh.load_state_dict(source.state_dict())
+    assert torch.equal(fresh.matrix(), source.matrix())
+    assert fresh.is_fast != learned
     with pytest.raises(RuntimeError, match="size mismatch"):
-        fresh.load_state_dict(learned.state_dict())
-    same = ResidualRotation(36, start="random_orthogonal")
-    same.load_state_dict(learned.state_dict())
-    assert torch.equal(same.matrix(), learned.matrix())
+        ResidualRotation(12, start=start).load_state_dict(source.state_dict())
 
 
 def test_cayley_is_first_order_identity() -> None:

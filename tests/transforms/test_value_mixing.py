@@ -35,10 +35,10 @@ def test_starts_are_orthogonal_and_seeded(start: Start, constraint: Constraint) 
         assert not torch.equal(matrix, ValueMixing(KV_HEADS, HEAD_DIM, start=start, seed=6).matrix())
 
 
-@pytest.mark.parametrize("constraint", ["none", "orthogonal"])
-def test_inverse_and_merging(constraint: Constraint) -> None:
+@pytest.mark.parametrize(("constraint", "start"), [("none", "hadamard"), ("orthogonal", "hadamard"), ("diagonal", "identity")])
+def test_inverse_and_merging(constraint: Constraint, start: Start) -> None:
     rng = generator(3)
-    transform = ValueMixing(KV_HEADS, HEAD_DIM, constraint=constraint).requires_grad_(False)
+    transform = ValueMixing(KV_HEADS, HEAD_DIM, start=start, constraint=constraint).requires_grad_(False)
     transform.randomize_(rng)
     values = torch.randn(4, KV_HEADS * HEAD_DIM, generator=rng, dtype=torch.float64)
     torch.testing.assert_close(transform.inverse(transform(values)), values, rtol=0, atol=1e-13)
