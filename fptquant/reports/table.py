@@ -76,6 +76,11 @@ class Row:
         return replace(row, zero_shot=zero_shot)
 
     @property
+    def difference(self) -> float | None:
+        """How far the measured perplexity is from the published one."""
+        return None if self.published is None or self.evaluation is None else self.evaluation.perplexity - self.published
+
+    @property
     def mean_accuracy(self) -> float | None:
         """Of the zero-shot tasks."""
         return None if self.zero_shot is None else self.zero_shot.mean_accuracy
@@ -111,9 +116,8 @@ def _percent(share: float) -> str:
 
 
 def _published(row: Row) -> str:
-    if row.published is None or row.evaluation is None:
-        return _optional(row.published, format_perplexity)
-    return f"{format_perplexity(row.published)} ({row.evaluation.perplexity - row.published:+.2f})"
+    difference = f" ({row.difference:+.2f})" if row.difference is not None else ""
+    return _optional(row.published, lambda value: format_perplexity(value) + difference)
 
 
 _ALL_COLUMNS = (
@@ -205,13 +209,18 @@ def rich_table(rows: Sequence[Row], *, title: str, width: int = _WIDE) -> Table:
     return table
 
 
-def markdown_table(rows: Sequence[Row], *, title: str) -> str:
-    """The table as Markdown, with its title and caption; perplexity is a link to its config where the row says where that lies."""
+def markdown_table(rows: Sequence[Row], *, title: str, state: str = "") -> str:
+    """The table as Markdown, with its title and caption; perplexity is a link to its config where the row says where that lies.
+
+    Args:
+        state: what is missing, if anything is.
+    """
     columns = _columns(rows)
     rule = "|" + "|".join("---:" if column.right else "---" for column in columns) + "|"
     body = [markdown_line(_linked(row, column) for column in columns) for row in rows]
     failures = [f"- {row.method}, {row.setting}{f', {row.model}' if row.model else ''}: {row.error}" for row in rows if row.error]
-    parts = [f"# {title}", "", markdown_line(column.title for column in columns), rule, *body, "", caption(rows), ""]
+    head = [f"# {title}", "", *([f"{state}.", ""] if state else [])]
+    parts = [*head, markdown_line(column.title for column in columns), rule, *body, "", caption(rows), ""]
     return "\n".join([*parts, *(["Failed:", "", *failures, ""] if failures else [])])
 
 
@@ -226,7 +235,7 @@ def _linked(row: Row, column: _Column) -> str:
 
 
 _CSV_COLUMNS = (
-    "model", "method", "setting", "perplexity", "published", "source", "jsd", "top1_agreement", "tokens", "text_name",
+    "model", "method", "setting", "perplexity", "published", "difference", "source", "jsd", "top1_agreement", "tokens", "text_name",
     "mean_accuracy", "added_macs", "added_share", "scales", "seconds", "peak_bytes", "config", "error",
 )  # fmt: skip
 
@@ -240,14 +249,17 @@ def csv_table(rows: Sequence[Row]) -> str:
         found = {} if row.evaluation is None else row.evaluation.as_dict()
         cost = row.cost
         extra = {} if cost is None else {"added_macs": sum(cost.added.values()), "added_share": cost.share, "scales": cost.scales}
-        writer.writerow({**found, **vars(row), "mean_accuracy": row.mean_accuracy, **extra})
+        writer.writerow({**found, **vars(row), "difference": row.difference, "mean_accuracy": row.mean_accuracy, **extra})
     return text.getvalue()
 
 
-def latex_table(rows: Sequence[Row], *, title: str) -> str:
+def latex_table(rows: Sequence[Row], *, title: str, state: str = "") -> str:
     """A table for a paper (packages booktabs): methods down, models and settings across, perplexity in the cells.
 
-    The best of a column is bold; a published value stands in parentheses.
+    The best of a column is bold; a published value stands in parentheses. Cells that failed say so; those not run are dashes.
+
+    Args:
+        state: what is missing, if anything is.
     """
     full = {row.model: row for row in rows if row.method == FULL_PRECISION}
     found = {(row.method, row.model, row.label): row for row in rows if row.method != FULL_PRECISION and row.label != "-"}
@@ -262,7 +274,7 @@ def latex_table(rows: Sequence[Row], *, title: str) -> str:
     heads = [_latex(f"{model} {setting}" if model else setting) for model, setting in across]
     first = [_latex_cell(full.get(model), best=False) for model, _ in across]
     lines = [
-        rf"% {title}",
+        rf"% {title}{f', {state}' if state else ''}",
         rf"\begin{{tabular}}{{l{'r' * len(across)}}}",
         r"\toprule",
         " & ".join(["method", *heads]) + r" \\",
@@ -276,15 +288,15 @@ def latex_table(rows: Sequence[Row], *, title: str) -> str:
 
 
 def _latex_cell(row: Row | None, *, best: bool) -> str:
-    """What was measured, what a paper prints in parentheses, or both."""
-    if row is None or (row.evaluation is None and row.published is None):
+    """What was measured or that it failed, what a paper prints in parentheses, or both."""
+    if row is None:
         return "--"
+    shown = "failed" if row.error is not None else ""
+    if row.evaluation is not None:
+        measured = _latex(format_perplexity(row.evaluation.perplexity))
+        shown = rf"\textbf{{{measured}}}" if best else measured
     published = "" if row.published is None else f"({_latex(format_perplexity(row.published))})"
-    if row.evaluation is None:
-        return published
-    measured = _latex(format_perplexity(row.evaluation.perplexity))
-    shown = rf"\textbf{{{measured}}}" if best else measured
-    return f"{shown} {published}".rstrip()
+    return f"{shown} {published}".strip() or "--"
 
 
 def _perplexity(row: Row) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from fptquant.config.loading import load_config
 from fptquant.config.tables import TableConfig, load_table, table_cells
 from fptquant.errors import UserError
 from fptquant.evaluation.cost import RuntimeCost
@@ -123,6 +124,8 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert float(rows[2]["perplexity"]) == measured.perplexity
     assert [row["scales"] for row in rows] == ["", "dynamic", "dynamic", ""]
+    assert [row["difference"] for row in rows[1::2]] == ["", ""]
+    assert float(rows[2]["difference"]) == measured.perplexity - 8.56
     assert int(rows[2]["added_macs"]) > int(rows[1]["added_macs"]) == 0
     assert int(rows[2]["peak_bytes"]) > 2**20
     latex = (folder / "table.tex").read_text()
@@ -178,13 +181,52 @@ def test_a_cell_that_fails_is_reported_and_tried_again(
     assert "out of luck" in text
     traces = list(folder.rglob("*.error.txt"))
     assert len(traces) == (error is RuntimeError)
+    assert "\n\n3 of 4 cells, 1 failed.\n\n" in text
+    latex = (folder / "table.tex").read_text()
+    assert latex.partition("\n")[0].endswith(", 3 of 4 cells, 1 failed")
+    assert re.search(r"rtn & [\d,.]+ & failed ", latex)
+    (link,) = re.findall(r"\[failed\]\((.*?)\)", text)
+    assert load_config(folder / link).name == "rtn"
+    assert yaml.safe_load((folder / link).read_text())["quantization"]["activation"]["bits"] == 4
     begun = failing(monkeypatch, lambda cell: False, error)
+    assert [row.as_dict() for row in make(table, resume=True, run=False).failed] == [failed.as_dict()]
+    assert (folder / "table.md").read_text() == text
+    assert begun == []
     whole = make(table, resume=True)
     assert begun == ["rtn w4a4kv4-dynamic"]
     assert whole.failed == []
+    assert " cells" not in (folder / "table.md").read_text().partition("\n| ")[0]
     assert {**scores(whole), ("rtn", "w4a4kv4-dynamic"): None} == scores(made)
-    assert not list(folder.rglob("*.error.txt"))
+    assert not list(folder.rglob("*.error.*"))
     assert not list(folder.rglob("checkpoint*"))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_failure_is_known_until_its_cell_succeeds(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, folder = grid(tmp_path / "out", model, methods=["rtn"]), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        failing(patched, lambda cell: cell == "rtn w4a16", RuntimeError)
+        make(table)
+    with monkeypatch.context() as patched:
+        failing(patched, lambda cell: True, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            make(table, resume=True)
+    (failed,) = make(table, resume=True, run=False).failed
+    assert failed.error == "RuntimeError: out of luck"
+    with monkeypatch.context() as patched:
+        failing(patched, lambda cell: True, UserError)
+        (failed,) = make(table, resume=True).failed
+    assert failed.error == "out of luck"
+    assert not list(folder.rglob("*.error.txt"))  # the trace of an error that is not the last one
+    other = grid(folder, model, methods=["rtn"], settings=["w4a16"], overrides=[*SMALL, "seed=1"])
+    shutil.rmtree(folder / "cells" / "tiny" / "rtn-w4a4kv4-dynamic")
+    assert make(other, resume=True, run=False).failed == []
+    table = grid(folder, model, methods=["rtn"])
+    make(grid(tmp_path / "part", model, methods=["rtn"], settings=["w4a16"]))
+    taken = make(table, resume=True, parts=[tmp_path / "part"], run=False)
+    assert taken.failed == []
+    assert "\n\n1 of 2 cells.\n\n" in (folder / "table.md").read_text()
+    assert not list(folder.rglob("*.error.*"))
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -379,6 +421,21 @@ def test_a_cell_that_was_killed_before_it_said_what_it_is_begins_anew(model: Pat
     assert made.failed == []
     assert scores(made) == expected
     assert not partial.exists()
+
+
+def test_latex_tells_a_failed_cell_from_one_that_was_not_run() -> None:
+    measured = Evaluation(29.2, 0.1, 0.9, 8184, 3.0, "a text")
+    rows = [
+        Row("rtn", "w4a16", measured, 3.0),
+        Row("rtn", "w4a4-static, automatic prefix", None, None, error="out of luck"),
+        Row("gptq", "w4a16", None, None, error="out of luck", published=8.56),
+        Row("awq", "w4a4-static", measured, 3.0),
+    ]
+    text = latex_table(rows, title="t")
+    assert r"method & w4a16 & w4a4-static \\" in text
+    assert r"rtn & \textbf{29.20} & failed \\" in text
+    assert r"gptq & failed (8.56) & -- \\" in text
+    assert r"awq & -- & \textbf{29.20} \\" in text
 
 
 def test_methods_of_any_name_can_be_set_in_latex() -> None:
