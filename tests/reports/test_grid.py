@@ -111,7 +111,7 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
     cell = folder / "cells" / "tiny" / "rotated-w4a4kv4-dynamic"
     assert {path.name for path in (cell / "plots").iterdir()} == {"activations.png", "outliers.png", "block_errors.png"}
     text = (folder / "table.md").read_text()
-    heads = "| method | setting | perplexity | published | JSD | top-1 | added MACs | scales | seconds | peak MiB |"
+    heads = "| method | setting | perplexity | published | JSD | top-1 | added MACs | scales | seconds | CPU seconds | peak MiB |"
     assert heads in text
     links = re.findall(r"\]\((.*?)\)", text)
     assert len(links) == 2
@@ -128,6 +128,8 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
     assert float(rows[2]["difference"]) == measured.perplexity - 8.56
     assert int(rows[2]["added_macs"]) > int(rows[1]["added_macs"]) == 0
     assert int(rows[2]["peak_bytes"]) > 2**20
+    assert float(rows[2]["cpu_seconds"]) > 0
+    assert rows[0]["cpu_seconds"] == rows[2]["cuda_peak_bytes"] == ""
     latex = (folder / "table.tex").read_text()
     assert r"method & w4a4kv4-dynamic \\" in latex
     assert latex.count(r"\textbf") == 1
@@ -142,10 +144,21 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_pictures")
 def test_narrow_terminals_get_fewer_columns() -> None:
     cost = RuntimeCost({"T_d": 5}, 500, "static")
-    rows = [Row("rtn", "w4a8kv8-static", Evaluation(29.2, 0.1, 0.9, 8184, 3.0, "a text"), 3.0, cost=cost, peak_bytes=2**30)]
-    heads = [[column.header for column in rich_table(rows, title="t", width=width).columns] for width in (80, 120)]
+    rows = [
+        Row(
+            "rtn",
+            "w4a8kv8-static",
+            Evaluation(29.2, 0.1, 0.9, 8184, 3.0, "a text"),
+            3.0,
+            cost=cost,
+            cpu_seconds=5.0,
+            peak_bytes=2**30,
+        )
+    ]
+    heads = [[column.header for column in rich_table(rows, title="t", width=width).columns] for width in (80, 120, 140)]
     assert heads[0] == ["method", "setting", "perplexity", "JSD", "top-1", "seconds"]
     assert set(heads[1]) - set(heads[0]) == {"added MACs", "scales", "peak MiB"}
+    assert set(heads[2]) - set(heads[1]) == {"CPU seconds"}
 
 
 def test_cells_are_run_folders(model: Path, tmp_path: Path) -> None:
@@ -421,6 +434,21 @@ def test_a_cell_that_was_killed_before_it_said_what_it_is_begins_anew(model: Pat
     assert made.failed == []
     assert scores(made) == expected
     assert not partial.exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_cell_from_before_something_was_measured_has_no_value_there(model: Path, tmp_path: Path) -> None:
+    table = grid(tmp_path / "out", model, methods=["rtn"], settings=["w4a16"])
+    made = make(table)
+    assert made.rows[1].cpu_seconds is not None
+    file = made.folder / "cells" / "tiny" / "rtn-w4a16" / "metrics.json"
+    found = json.loads(file.read_text())
+    for result in found["results"]:
+        del result["cpu_seconds"], result["cuda_peak_bytes"]
+    file.write_text(json.dumps(found))
+    again = make(table, resume=True, run=False)
+    assert again.rows[1] == replace(made.rows[1], cpu_seconds=None)
+    assert "CPU seconds" not in (made.folder / "table.md").read_text()
 
 
 def test_latex_tells_a_failed_cell_from_one_that_was_not_run() -> None:
