@@ -142,7 +142,7 @@ class _Grid:
 
     def _published_alone(self, model: TableModel, measured: set[tuple[str, str | None]]) -> Iterator[Row]:
         for value in self.table.published:
-            if value.model == model.name and (value.method, value.setting) not in measured:
+            if value.model == model.name and not any(value.is_of(model.name, *cell) for cell in measured):
                 row = Row(value.method, value.setting or "-", None, None)
                 yield self._complete(row, model, value.setting)
 

@@ -98,7 +98,10 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
     made = make(grid(folder, model, settings=["w4a4kv4-dynamic"], published=[
         {"model": "tiny", "method": "rotated", "setting": "w4a4kv4-dynamic", "perplexity": 8.56, "source": "a paper"},
         {"model": "tiny", "method": "full precision", "perplexity": 5.47, "source": "a paper"},
-        {"model": "tiny", "method": "elsewhere", "setting": "w4a4kv4-dynamic", "perplexity": 7.25, "source": "a paper"},
+        {
+            "model": "tiny", "method": "elsewhere", "setting": "w4a4kv4-dynamic", "perplexity": 7.25, "source": "a paper",
+            "alone": True,
+        },
     ]))  # fmt: skip
     assert [(row.method, row.published) for row in made.rows] == [
         ("full precision", 5.47), ("rtn", None), ("rotated", 8.56), ("elsewhere", 7.25),
@@ -377,8 +380,20 @@ def test_mistakes_are_found_before_anything_is_done(model: Path, tmp_path: Path)
     elsewhere = {"name": "elsewhere", "method": "rtn", "overrides": ["model=other"]}
     assert "an override names another model, other" in refused(methods=["rtn", elsewhere])
     assert "settings" in refused(settings=[])
-    published = {"model": "tinny", "method": "rtn", "setting": "w4a16", "perplexity": 5.0, "source": "a paper"}
-    assert "tinny is none of the models tiny" in refused(published=[published])
+    published = {"model": "tiny", "method": "rtn", "setting": "w4a16", "perplexity": 5.0, "source": "a paper"}
+    assert "tinny is none of the models tiny; give a model this name" in refused(published=[published | {"model": "tinny"}])
+    stray = [published | other for other in ({"method": "rtm"}, {"setting": "w4a4"}, {"setting": None})]
+    full = {"method": "full precision"}
+    message = refused(published=[*stray, published, published, published | full, published | {"setting": "w44", "alone": True}])
+    for part in (
+        "rtm is none of the methods full precision, rtn, rotated; correct it (did you mean rtn?), or say alone: true",
+        "w4a4 is none of the settings w4a16, w4a4kv4-dynamic; correct it",
+        "rtn on tiny has no setting; give one",
+        "rtn, w4a16 on tiny is there twice; keep one",
+        "full precision on tiny has a setting; leave it out",
+        "'w44' is not a setting",
+    ):
+        assert part in message
     assert "did you mean methods?" in refused(method=["rtn"])
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="there is no table in"):
@@ -449,6 +464,27 @@ def test_a_cell_from_before_something_was_measured_has_no_value_there(model: Pat
     again = make(table, resume=True, run=False)
     assert again.rows[1] == replace(made.rows[1], cpu_seconds=None)
     assert "CPU seconds" not in (made.folder / "table.md").read_text()
+
+
+def test_published_values_follow_what_overrides_leave_of_the_grid(tmp_path: Path) -> None:
+    value = {"model": "tiny", "method": "rtn", "setting": "w4a16kv16-static", "perplexity": 5.0, "source": "a paper"}
+    other = value | {"method": "rotated", "setting": "w4a4kv4-dynamic", "perplexity": 6.0}
+    alone = value | {"method": "elsewhere", "alone": True}
+    table = grid(tmp_path / "out", "tiny", published=[value, other, alone])
+    assert table.published_value("tiny", "rtn", "w4a16") == table.published[0]  # another label of the same setting
+    assert table.published_value("tiny", "rtn", "w4a4kv4-dynamic") is None
+    assert len(table_cells(table)) == 4
+
+    def kept(*overrides: str) -> list[str]:
+        narrow = load_table(tmp_path / "out.yaml", *overrides)
+        table_cells(narrow)
+        return [value.method for value in narrow.published]
+
+    assert kept("methods=[rtn]") == ["rtn", "elsewhere"]
+    assert kept("settings=[w4a4kv4-dynamic]") == ["rotated", "elsewhere"]
+    assert kept("published=[]") == []
+    with pytest.raises(UserError, match="nowhere is none of the methods"):
+        kept("methods=[rtn]", f"published={json.dumps([value | {'method': 'nowhere'}])}")
 
 
 def test_latex_tells_a_failed_cell_from_one_that_was_not_run() -> None:
