@@ -340,8 +340,8 @@ def table(
 
     Each cell is a run folder of its own below FOLDER/cells. The table is written anew after each, as Markdown, CSV and LaTeX;
     in the end plots are drawn. A cell that fails is reported and does not stop the rest. With --resume finished cells are
-    kept, a killed one goes on, and the grid may have grown. Several machines can share a grid: each makes a table of some of
-    its methods, settings or models, and --from puts their cells together.
+    kept, a killed one goes on, a failed one is tried again, and the grid may have grown. Several machines can share a grid: each
+    makes a table of some of its methods, settings or models, and --from puts their cells together.
     """
     from fptquant.config.tables import load_table, table_cells
     from fptquant.reports.grid_folder import check_table

@@ -19,7 +19,7 @@ def diagnostics() -> dict[str, Any]:
     """Plain values for `environment.json` and for ``python -m fptquant``."""
     return {
         "fptquant": _version("fptquant"),
-        "commit": source_commit(),
+        "commit": _COMMIT,
         "core": _core(),
         "cuda": _cuda(),
         "cpu": cpu_model(),
@@ -109,6 +109,10 @@ def source_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+_COMMIT = source_commit()
+"""Asked when this is loaded: a run that lasts writes it down when another commit may lie there."""
 
 
 def print_diagnostics() -> None:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+import fptquant
 from fptquant.cli import app
 from fptquant.evaluation import hidden
 from fptquant.files import KeptFiles
@@ -282,6 +283,29 @@ def test_diagnostics_name_the_build() -> None:
     found = subprocess.run([sys.executable, "-m", "fptquant"], capture_output=True, text=True, check=True)
     for word in ("C core", "instruction set", "CUDA", "torch", info["core"]["isa"]):
         assert word in found.stdout
+
+
+def test_diagnostics_name_the_commit_of_the_code_that_was_loaded(tmp_path: Path) -> None:
+    (tmp_path / "fptquant").mkdir()
+    for name in ("__init__", "diagnostics", "errors"):
+        shutil.copy(Path(fptquant.__file__).with_name(f"{name}.py"), tmp_path / "fptquant")
+    code = (
+        "import subprocess\n"
+        "def git(*arguments):\n"
+        "    identity = ['-c', 'user.name=a', '-c', 'user.email=a@b']\n"
+        "    done = subprocess.run(['git', *identity, *arguments], check=True, capture_output=True, text=True)\n"
+        "    return done.stdout.strip()\n"
+        "git('init'), git('add', '.'), git('commit', '-m', 'first')\n"
+        "first = git('rev-parse', 'HEAD')\n"
+        "from fptquant.diagnostics import diagnostics\n"
+        "git('commit', '--allow-empty', '-m', 'second')\n"
+        "print(first, diagnostics()['commit'])\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, named = done.stdout.split()
+    assert named == first
 
 
 def test_diagnostics_name_a_mistake_in_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:

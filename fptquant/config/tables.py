@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from fptquant.config.labels import canonical_label
 from fptquant.config.loading import find_config, load_config, load_yaml_config, read_recipe
 from fptquant.config.schema import Config, Name
 from fptquant.config.strict import StrictModel
@@ -56,6 +58,11 @@ class Published(StrictModel):
     setting: str | None = Field(default=None, description="none for full precision")
     perplexity: float = Field(gt=0)
     source: str = Field(min_length=1, description="paper and table")
+    alone: bool = Field(default=False, description="the table need not run its method or setting: it has a row of its own")
+
+    def is_of(self, model: str, method: str, setting: str | None) -> bool:
+        """Whether it is the value of this cell, by whichever label its setting is called."""
+        return (self.model, self.method, _label(self.setting)) == (model, method, _label(setting))
 
 
 class TableConfig(StrictModel):
@@ -76,10 +83,14 @@ class TableConfig(StrictModel):
 
     def published_value(self, model: str, method: str, setting: str | None) -> Published | None:
         """What a paper prints for this cell."""
-        for value in self.published:
-            if (value.model, value.method, value.setting) == (model, method, setting):
-                return value
-        return None
+        return next((value for value in self.published if value.is_of(model, method, setting)), None)
+
+    def runs(self, value: Published) -> bool:
+        """Whether a cell, or full precision, has the method and setting of a published value."""
+        if value.method == FULL_PRECISION:
+            return True
+        methods, settings = [method.name for method in self.methods], [_label(setting) for setting in self.settings]
+        return value.method in methods and _label(value.setting) in settings
 
 
 @dataclass(frozen=True)
@@ -103,18 +114,29 @@ def model_folder(model: TableModel) -> str:
 
 
 def load_table(path_or_name: str | Path, *overrides: str) -> TableConfig:
-    """A table's config from a YAML file or a shipped table's short name; errors as in `fptquant.config.load_config`."""
+    """A table's config from a YAML file or a shipped table's short name; errors as in `fptquant.config.load_config`.
+
+    Where overrides leave out methods or settings of the file, their published values are left out, too.
+    """
     if not {"methods", "settings"} & read_recipe(find_config(path_or_name, "tables")).keys():
         raise UserError(f"{path_or_name} is one method; `fptquant run` takes it, `fptquant table` a table of methods and settings")
-    return load_yaml_config(TableConfig, path_or_name, *overrides)
+    table = load_yaml_config(TableConfig, path_or_name, *overrides)
+    if not (overrides and table.published):
+        return table
+    try:
+        whole = load_yaml_config(TableConfig, path_or_name)
+    except UserError:  # the overrides give what the file lacks
+        return table
+    published = [value for value in table.published if table.runs(value) or value.alone or not whole.runs(value)]
+    return table.model_copy(update={"published": published})
 
 
 def table_cells(table: TableConfig) -> list[Cell]:
     """The cells, model by model and setting by setting.
 
     Raises:
-        UserError: every mistake of every cell at once; if two cells are one; if cells of one model differ in what they share
-            with its full-precision row: the model itself, evaluation, dtype and device.
+        UserError: every mistake of every cell and published value at once; if two cells are one; if cells of one model differ
+            in what they share with its full-precision row: the model itself, evaluation, dtype and device.
     """
     cells: list[Cell] = []
     problems: list[str] = []
@@ -128,14 +150,49 @@ def table_cells(table: TableConfig) -> list[Cell]:
                     problems.append(f"{method.name}, {setting}, {model.name}: {error}")
                 else:
                     cells.append(Cell(model, setting, config))
-    names = [model.name for model in table.models]
-    strange = {value.model for value in table.published} - set(names)
-    problems += [f"published: {name} is none of the models {', '.join(names)}" for name in sorted(strange)]
+    problems += _strange(table)
     if not problems:
         problems = [*_repeated(cells), *_apart(cells)]
     if problems:
         raise UserError("\n".join([f"the table {table.name} cannot be made:", *dict.fromkeys(problems)]))
     return cells
+
+
+def _strange(table: TableConfig) -> Iterator[str]:
+    """What is wrong with published values: names that the table does not have, and values that it would never show."""
+    models, methods = [model.name for model in table.models], [method.name for method in table.methods]
+    for value in table.published:
+        full = value.method == FULL_PRECISION
+        if value.model not in models:
+            remedy = "give a model this name ({name: NAME, model: FOLDER}), or leave published values out (published=[])"
+            yield f"published: {value.model} is none of the models {', '.join(models)}; {remedy}"
+        if full != (value.setting is None):
+            yield f"published: {value.method} on {value.model} has {'a setting; leave it out' if full else 'no setting; give one'}"
+        elif not (table.runs(value) or value.alone):
+            kind, name, valid = ("setting", value.setting or "", table.settings)
+            if value.method not in methods:
+                kind, name, valid = ("method", value.method, [FULL_PRECISION, *methods])
+            near = difflib.get_close_matches(name, valid, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            remedy = f"correct it{hint}, or say alone: true if the table is not to run it"
+            yield f"published: {name} is none of the {kind}s {', '.join(valid)}; {remedy}"
+        elif value.setting is not None and (problem := _label_problem(value.setting)) is not None:
+            yield f"published: {problem}"
+        if sum(value.is_of(other.model, other.method, other.setting) for other in table.published) > 1:
+            yield f"published: {value.method}, {value.setting or '-'} on {value.model} is there twice; keep one"
+
+
+def _label(setting: str | None) -> str | None:
+    """The shortest label of a setting; as it is if it is none."""
+    return setting if setting is None or _label_problem(setting) is not None else canonical_label(setting)
+
+
+def _label_problem(setting: str) -> str | None:
+    try:
+        canonical_label(setting)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _repeated(cells: Sequence[Cell]) -> list[str]:

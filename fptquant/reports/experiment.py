@@ -21,9 +21,9 @@ from fptquant.evaluation.teacher import ProgressCallback, TeacherCache
 from fptquant.evaluation.zero_shot import ZeroShot, check_tokenizer, evaluate_zero_shot, kept_tasks
 from fptquant.evaluation.zero_shot_tasks import load_tasks, parse_tasks
 from fptquant.files import KeptFile, KeptFiles
-from fptquant.memory import peak_bytes, reset_peak, return_memory
 from fptquant.models.adapter import view_model
 from fptquant.models.loading import load_model
+from fptquant.reports.effort import EffortMeter
 from fptquant.reports.plots import plot_activations, plot_block_errors, plot_outliers
 from fptquant.reports.processes import resolve_device
 from fptquant.reports.run_folder import RUN_MARKER, write_json
@@ -249,35 +249,43 @@ def run_config(
     searched = None
     if config.quantization.prefix == AUTO_PREFIX and config.quantization.has_prefix:
         searched = f"{config.calibration} {config.seed}"
-    return_memory()  # what is left of earlier runs would count among what this one needs
-    reset_peak()
-    result: CalibrationResult = calibrate(
-        baseline.opened.model,
-        baseline.opened.tokenizer,
-        config,
-        found_prefix=AUTO_PREFIX if searched is None else baseline.prefixes.get(searched, AUTO_PREFIX),
-        in_place=in_place,
-        folder=folder,
-        resume=resume,
-        progress=progress,
-    )
-    peak = peak_bytes()
-    if searched is not None:
-        baseline.prefixes[searched] = result.config.quantization.prefix  # type: ignore[assignment]
     cache, name = baseline.cache, f"{config.name}-{config.quantization.label}"
-    evaluation = evaluate_windows(
-        result.model,
-        cache.tokens,
-        text_name=cache.text_name,
-        reference=cache,
-        progress=progress,
-        shared=baseline.shared,
-        kept=None if baseline.kept is None else baseline.kept.file(f"{name}.json"),
-    )
+    with EffortMeter(folder, baseline.opened.model.device) as meter:
+        result: CalibrationResult = calibrate(
+            baseline.opened.model,
+            baseline.opened.tokenizer,
+            config,
+            found_prefix=AUTO_PREFIX if searched is None else baseline.prefixes.get(searched, AUTO_PREFIX),
+            in_place=in_place,
+            folder=folder,
+            resume=resume,
+            progress=meter.watch(progress),
+        )
+        meter.end_memory()
+        if searched is not None:
+            baseline.prefixes[searched] = result.config.quantization.prefix  # type: ignore[assignment]
+        evaluation = evaluate_windows(
+            result.model,
+            cache.tokens,
+            text_name=cache.text_name,
+            reference=cache,
+            progress=meter.watch(progress),
+            shared=baseline.shared,
+            kept=None if baseline.kept is None else baseline.kept.file(f"{name}.json"),
+        )
     zero_shot = measure_zero_shot(baseline.opened, result.model, config, kept_tasks(baseline.kept, name), progress)
-    setting, seconds = result.config.quantization.setting, result.metrics["seconds"] + evaluation.seconds
-    cost = runtime_cost(result.model, result.config)
-    row = Row(config.name, setting, evaluation, seconds, cost=cost, peak_bytes=peak, zero_shot=zero_shot)
+    effort = meter.total()
+    row = Row(
+        config.name,
+        result.config.quantization.setting,
+        evaluation,
+        max(effort.seconds, result.metrics["seconds"] + evaluation.seconds),  # scores are kept beside cells that are not
+        cost=runtime_cost(result.model, result.config),
+        cpu_seconds=effort.cpu_seconds,
+        peak_bytes=effort.peak_bytes,
+        cuda_peak_bytes=effort.cuda_peak_bytes,
+        zero_shot=zero_shot,
+    )
     errors = block_errors(baseline.trace, trace_residuals(result.model, cache.tokens[0, :PLOT_TOKENS]))
     if is_main():
         _plot(baseline, result, errors, folder / "plots")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +16,17 @@ from fptquant.diagnostics import diagnostics
 from fptquant.errors import ProcessLost, UserError
 from fptquant.files import replace_file
 from fptquant.reports.experiment import Baseline, measure_baseline, needed_bytes, open_model, preflight, results_folder, run_config
-from fptquant.reports.grid_folder import BASELINE, GRID, check_table, grid_folder, measured_on, take_cells
+from fptquant.reports.grid_folder import (
+    BASELINE,
+    GRID,
+    check_table,
+    forget_failure,
+    grid_folder,
+    measured_on,
+    note_failure,
+    read_failure,
+    take_cells,
+)
 from fptquant.reports.plots import plot_block_error_map, plot_block_errors, plot_cost
 from fptquant.reports.progress import Labeled, Progress
 from fptquant.reports.run_folder import RUN_MARKER, check_output, to_json
@@ -86,7 +95,7 @@ def make_table(
             replace_file(folder / GRID, dump_config(table).encode())
         for line in on_main(lambda: take_cells(folder, cells, [Path(part) for part in parts])):
             say(progress, line)
-        grid = _Grid(folder, table, cells, {})
+        grid = _Grid(folder, table, cells, set())
         for model in dict.fromkeys(cell.model.name for cell in cells) if run else ():
             _run_model(grid, [cell for cell in cells if cell.model.name == model], save, progress)
         on_main(grid.write)
@@ -101,8 +110,8 @@ class _Grid:
     folder: Path
     table: TableConfig
     cells: Sequence[Cell]
-    errors: dict[str, str]
-    """Why cells failed, by their folder."""
+    failed: set[str]
+    """Folders of the cells that this process need not try again."""
 
     def finished(self, cell: Cell) -> bool:
         return (self.folder / cell.folder / RUN_MARKER).is_file()
@@ -125,12 +134,15 @@ class _Grid:
         if self.finished(cell):
             row = Row.from_dict(_results(self.folder / cell.folder)[1])
             return replace(row, config=f"{cell.folder}/config.yaml"), cell.setting
-        error = self.errors.get(cell.folder)
-        return None if error is None else Row(cell.config.name, cell.setting, None, None, error=error), cell.setting
+        failure = read_failure(self.folder / cell.folder, cell)
+        if failure is None:
+            return None, cell.setting
+        config = failure.config.relative_to(self.folder).as_posix()
+        return Row(cell.config.name, cell.config.quantization.setting, None, None, config=config, error=failure.error), cell.setting
 
     def _published_alone(self, model: TableModel, measured: set[tuple[str, str | None]]) -> Iterator[Row]:
         for value in self.table.published:
-            if value.model == model.name and (value.method, value.setting) not in measured:
+            if value.model == model.name and not any(value.is_of(model.name, *cell) for cell in measured):
                 row = Row(value.method, value.setting or "-", None, None)
                 yield self._complete(row, model, value.setting)
 
@@ -140,15 +152,23 @@ class _Grid:
         value = self.table.published_value(model.name, row.method, setting)
         return row if value is None else replace(row, published=value.perplexity, source=value.source)
 
+    def state(self, rows: Sequence[Row]) -> str:
+        """How many cells there are of those that the grid has; empty if it is complete."""
+        done, failed = sum(map(self.finished, self.cells)), sum(row.error is not None for row in rows)
+        if done == len(self.cells):
+            return ""
+        return f"{done} of {len(self.cells)} cells" + (f", {failed} failed" if failed else "")
+
     def write(self) -> None:
         """Writes the table's texts as things stand."""
         rows = self.rows()
+        state = self.state(rows)
         title = self.table.name if len(self.table.models) > 1 else f"{self.table.name}: {self.table.models[0].model}"
         results = {"title": title, "results": [row.as_dict() for row in rows]}
         files = {
-            "table.md": markdown_table(rows, title=title),
+            "table.md": markdown_table(rows, title=title, state=state),
             "table.csv": csv_table(rows),
-            "table.tex": latex_table(rows, title=title),
+            "table.tex": latex_table(rows, title=title, state=state),
             RUN_MARKER: to_json(results),
             "environment.json": to_json(diagnostics()),
         }
@@ -182,7 +202,7 @@ def _run_model(grid: _Grid, cells: Sequence[Cell], save: bool, progress: Progres
         baseline: list[Baseline] = []
         with _failing(grid, missing, progress):
             baseline.append(_open(grid, missing or cells[:1], here, save, progress))
-        ready = [cell for cell in missing if cell.folder not in grid.errors] if baseline else []
+        ready = [cell for cell in missing if cell.folder not in grid.failed] if baseline else []
         for cell in ready:
             with _failing(grid, [cell], progress):
                 _run_cell(baseline[0], grid.folder, cell, save, progress, last=cell is ready[-1])
@@ -204,18 +224,11 @@ def _failing(grid: _Grid, cells: Sequence[Cell], progress: ProgressCallback, *, 
         apart = world_size() > 1 and not (alike and isinstance(error, UserError))
         if apart or isinstance(error, ProcessLost) or not cells:
             raise
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         for cell in cells:
-            grid.errors[cell.folder] = " ".join(reason.split())
+            grid.failed.add(cell.folder)
             if is_main():
+                reason = note_failure(grid.folder / cell.folder, cell, error)
                 say(progress, f"failed: {cell.folder.removeprefix('cells/')}: {reason}")
-        if not isinstance(error, UserError):  # a mistake of ours: where it happened is worth knowing
-            replace_file(_traceback(grid.folder / cells[0].folder), traceback.format_exc().encode())
-
-
-def _traceback(run: Path) -> Path:
-    """Where the traceback of a cell's unforeseen error is written."""
-    return run.with_name(f"{run.name}.error.txt")
 
 
 def _open(grid: _Grid, cells: Sequence[Cell], here: Path, save: bool, progress: ProgressCallback) -> Baseline:
@@ -239,10 +252,10 @@ def _open(grid: _Grid, cells: Sequence[Cell], here: Path, save: bool, progress: 
 def _run_cell(baseline: Baseline, folder: Path, cell: Cell, save: bool, progress: ProgressCallback, *, last: bool) -> None:
     output = folder / cell.folder
     under_way = on_main(lambda: is_begun(output))
-    if is_main():
-        _traceback(output).unlink(missing_ok=True)
     labeled = Labeled(progress, f"{cell.folder.removeprefix('cells/')}: ")
     with results_folder(cell.config, output, overwrite=not under_way, resume=under_way) as partial:
         # The last one needs no copy: nobody asks the full-precision model any more.
         title = f"{cell.config.name} on {cell.config.model}"
         run_config(baseline, cell.config, partial, labeled, title=title, resume=under_way, save=save, in_place=last)
+        if is_main():
+            forget_failure(output)

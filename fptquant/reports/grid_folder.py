@@ -2,19 +2,24 @@
 
 runs/mine/table.yaml                       the grid, with every default written out
 runs/mine/cells/MODEL/METHOD-SETTING/      a run folder as ``fptquant run`` writes it; NAME.partial while it is made
+runs/mine/cells/MODEL/METHOD-SETTING.error.json, .yaml, .txt  why a cell failed, its resolved config, and where in the code if
+                                           nobody foresaw it; until the cell is run again and succeeds
 runs/mine/cells/MODEL/full-precision.json  what the full-precision model scored
 runs/mine/cells/MODEL/checkpoint-*         what evaluations have found so far, until all cells of the model are done
 runs/mine/table.md, table.csv, table.tex, metrics.json, environment.json, plots/
 
 The table is written anew after every cell, plots are drawn at the end. A finished cell is never made again, so that a grid may
-grow; a cell that failed is tried again when the same command goes on.
+grow; a cell that failed is tried again when the same command goes on. A failure of other settings than the grid's is none.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +32,7 @@ from fptquant.config.schema import Config
 from fptquant.config.tables import Cell, TableConfig, model_folder, table_cells
 from fptquant.errors import UserError
 from fptquant.files import replace_file
-from fptquant.reports.run_folder import RUN_MARKER, check_output, make_parents, run_folder
+from fptquant.reports.run_folder import RUN_MARKER, check_output, make_parents, run_folder, to_json
 from fptquant.reports.unfinished_run import MAY_CHANGE, alone, partial_folder, read_mapping
 
 GRID = "table.yaml"
@@ -75,7 +80,7 @@ def _check_cells(folder: Path, cells: Sequence[Cell]) -> None:
     problems = []
     for cell in cells:
         for place in (folder / cell.folder, partial_folder(folder / cell.folder)):
-            other = _other_settings(place, cell)
+            other = _other_settings(place / "config.yaml", cell)
             problems += [f"  {place.name}: {'; '.join(other)}"] if other else []
     for model, cell in {cell.model.name: cell for cell in cells}.items():
         other = _other_evaluation(folder / model_folder(cell.model) / BASELINE, cell)
@@ -86,9 +91,9 @@ def _check_cells(folder: Path, cells: Sequence[Cell]) -> None:
         )
 
 
-def _other_settings(run: Path, cell: Cell) -> list[str] | None:
-    """How the config of a run folder differs from that of a cell, what may differ left out; None if there is no config."""
-    saved = read_mapping(run / "config.yaml")
+def _other_settings(config: Path, cell: Cell) -> list[str] | None:
+    """How a resolved config differs from that of a cell, what may differ left out; None if there is no such file."""
+    saved = read_mapping(config)
     if saved is None:
         return None
     return differences(_with_newer_keys(saved), yaml.safe_load(dump_config(cell.config)), ignored=MAY_CHANGE)
@@ -119,7 +124,7 @@ def take_cells(folder: Path, cells: Sequence[Cell], parts: Sequence[Path]) -> li
         for source in (part / cell.folder for part in parts):
             if (target / RUN_MARKER).is_file():
                 break
-            other = _other_settings(source, cell) if (source / RUN_MARKER).is_file() else None
+            other = _other_settings(source / "config.yaml", cell) if (source / RUN_MARKER).is_file() else None
             if other:
                 left.append(f"left where it is: {source}: {'; '.join(other)}")
             elif other is not None:
@@ -138,6 +143,53 @@ def _take_cell(source: Path, target: Path, cell: Cell) -> None:
         shutil.copytree(source, copy, dirs_exist_ok=True)
         (copy / "config.yaml").write_text(dump_config(cell.config), encoding="utf-8")
     shutil.rmtree(partial_folder(target), ignore_errors=True)
+    forget_failure(target)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a cell is not there."""
+
+    error: str
+    config: Path
+    """Its resolved config."""
+
+
+def note_failure(run: Path, cell: Cell, error: Exception) -> str:
+    """Writes down why a cell failed, beside its run folder; returns the reason.
+
+    The config is written first: what is read later is there as soon as the error is.
+    """
+    config, trace = (_of_failure(run, suffix) for suffix in ("yaml", "txt"))
+    if isinstance(error, UserError):
+        reason = str(error)
+        trace.unlink(missing_ok=True)
+    else:  # a mistake of ours: where it happened is worth knowing
+        reason = f"{type(error).__name__}: {error}"
+        replace_file(trace, "".join(traceback.format_exception(error)).encode())
+    replace_file(config, dump_config(cell.config).encode())
+    replace_file(_of_failure(run, "json"), to_json({"error": " ".join(reason.split()), "config": config.name}).encode())
+    return reason
+
+
+def read_failure(run: Path, cell: Cell) -> Failure | None:
+    """Why a cell failed the last time that it was run with its present settings; None if it did not."""
+    file = _of_failure(run, "json")
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8"))
+    config = run.with_name(found["config"])
+    return Failure(found["error"], config) if _other_settings(config, cell) == [] else None
+
+
+def forget_failure(run: Path) -> None:
+    """Removes what `note_failure` has written."""
+    for suffix in ("json", "yaml", "txt"):
+        _of_failure(run, suffix).unlink(missing_ok=True)
+
+
+def _of_failure(run: Path, suffix: str) -> Path:
+    return run.with_name(f"{run.name}.error.{suffix}")
 
 
 def _with_newer_keys(saved: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fptquant.config.tables import FULL_PRECISION
@@ -27,10 +27,14 @@ class Row:
     evaluation: Evaluation | None
     """None where the run failed, or a paper alone has measured."""
     seconds: float | None
-    """Calibration and evaluation together."""
+    """Calibration and evaluation together, by the clock, in all processes that worked on the run one after the other."""
     cost: RuntimeCost | None = None
+    cpu_seconds: float | None = None
+    """The same, of the processor, all threads and processes together."""
     peak_bytes: int | None = None
-    """Most resident memory of the process while it calibrated, the full-precision model and all libraries included."""
+    """Most resident memory of a process while it calibrated, the full-precision model and all libraries included."""
+    cuda_peak_bytes: int | None = None
+    """Most memory of tensors on a CUDA device meanwhile; None without one."""
     model: str | None = None
     published: float | None = None
     """The perplexity that a paper prints for this row."""
@@ -54,9 +58,11 @@ class Row:
             "method": self.method,
             "setting": self.setting,
             "total_seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "evaluation": None if self.evaluation is None else self.evaluation.as_dict(),
             "cost": None if self.cost is None else self.cost.as_dict(),
             "peak_bytes": self.peak_bytes,
+            "cuda_peak_bytes": self.cuda_peak_bytes,
             **{
                 key: value
                 for key in ("model", "published", "source", "config", "error")
@@ -67,13 +73,21 @@ class Row:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Row:
-        """The row that `as_dict` came from; numbers that JSON has as texts (infinity) are numbers again."""
+        """The row that `as_dict` came from; numbers that JSON has as texts (infinity) are numbers again.
+
+        What an earlier version has not measured is None.
+        """
         evaluation = Evaluation(**{**data["evaluation"], "perplexity": float(data["evaluation"]["perplexity"])})
         found = data.get("cost")
         cost = None if found is None else RuntimeCost(*(found[key] for key in ("added", "linears", "scales")))
         zero_shot = ZeroShot.from_dict(data["zero_shot"]) if "zero_shot" in data else None
-        row = cls(data["method"], data["setting"], evaluation, data["total_seconds"], cost, data.get("peak_bytes"))
-        return replace(row, zero_shot=zero_shot)
+        measured = {key: data.get(key) for key in ("cpu_seconds", "peak_bytes", "cuda_peak_bytes")}
+        return cls(data["method"], data["setting"], evaluation, data["total_seconds"], cost=cost, zero_shot=zero_shot, **measured)
+
+    @property
+    def difference(self) -> float | None:
+        """How far the measured perplexity is from the published one."""
+        return None if self.published is None or self.evaluation is None else self.evaluation.perplexity - self.published
 
     @property
     def mean_accuracy(self) -> float | None:
@@ -89,8 +103,8 @@ class _Column:
     text: Callable[[Row], str]
     right: bool = True
     always: bool = False
-    wide: bool = False
-    """Left out of narrow terminals; files have it."""
+    width: int = 0
+    """Characters of a terminal that shows it; files have it."""
 
 
 def _of_evaluation(show: Callable[[Evaluation], str]) -> Callable[[Row], str]:
@@ -111,11 +125,16 @@ def _percent(share: float) -> str:
 
 
 def _published(row: Row) -> str:
-    if row.published is None or row.evaluation is None:
-        return _optional(row.published, format_perplexity)
-    return f"{format_perplexity(row.published)} ({row.evaluation.perplexity - row.published:+.2f})"
+    difference = f" ({row.difference:+.2f})" if row.difference is not None else ""
+    return _optional(row.published, lambda value: format_perplexity(value) + difference)
 
 
+def _mebibytes(size: int | None) -> str:
+    return _optional(size, lambda value: f"{value / 2**20:,.0f}")
+
+
+_WIDE, _WIDEST = 110, 130
+"""Characters of terminals that show more columns, and all."""
 _ALL_COLUMNS = (
     _Column("model", lambda row: row.model or "-", right=False),
     _Column("method", lambda row: row.method, right=False, always=True),
@@ -123,18 +142,18 @@ _ALL_COLUMNS = (
     _Column("perplexity", _of_evaluation(lambda found: format_perplexity(found.perplexity)), always=True),
     _Column("published", _published),
     _Column("JSD", _of_evaluation(lambda found: _optional(found.jsd, "{:.4f}".format)), always=True),
-    _Column("KL", lambda row: _optional(row.evaluation.kl if row.evaluation else None, "{:.4f}".format), wide=True),
+    _Column("KL", lambda row: _optional(row.evaluation.kl if row.evaluation else None, "{:.4f}".format), width=_WIDEST),
     _Column("top-1", _of_evaluation(lambda found: _optional(found.top1_agreement, _percent)), always=True),
     _Column("zero-shot", lambda row: _optional(row.mean_accuracy, _percent)),
     _Column(
-        "added MACs", lambda row: "-" if row.cost is None or not row.cost.added else f"{100 * row.cost.share:.2f} %", wide=True
+        "added MACs", lambda row: "-" if row.cost is None or not row.cost.added else f"{100 * row.cost.share:.2f} %", width=_WIDE
     ),
-    _Column("scales", lambda row: "-" if row.cost is None else row.cost.scales.replace("none", "-"), wide=True),
+    _Column("scales", lambda row: "-" if row.cost is None else row.cost.scales.replace("none", "-"), width=_WIDE),
     _Column("seconds", lambda row: _optional(row.seconds, "{:.1f}".format), always=True),
-    _Column("peak MiB", lambda row: _optional(row.peak_bytes, lambda size: f"{size / 2**20:,.0f}"), wide=True),
+    _Column("CPU seconds", lambda row: _optional(row.cpu_seconds, "{:.1f}".format), width=_WIDEST),
+    _Column("peak MiB", lambda row: _mebibytes(row.peak_bytes), width=_WIDE),
+    _Column("CUDA MiB", lambda row: _mebibytes(row.cuda_peak_bytes), width=_WIDEST),
 )
-_WIDE = 110
-"""Characters of a terminal that shows all columns."""
 _MEANINGS = {
     "JSD": "mean Jensen-Shannon divergence from the full-precision model in nats",
     "KL": "mean Kullback-Leibler divergence from the full-precision model in nats",
@@ -144,7 +163,9 @@ _MEANINGS = {
     "added MACs": "additions and multiplications that full precision does not do, in proportion to those of all linears",
     "scales": "whether ranges of activations and cache are set beforehand or found for every token",
     "seconds": "calibration and evaluation",
+    "CPU seconds": "the same without waiting, all threads together",
     "peak MiB": "resident memory of the process while it calibrated, the full-precision model and all libraries included",
+    "CUDA MiB": "memory of tensors on the device meanwhile",
 }
 
 
@@ -188,13 +209,13 @@ def caption(rows: Sequence[Row]) -> str:
     return measured + "; ".join(f"{title}: {meaning}" for title, meaning in _MEANINGS.items() if title in shown) + "." + papers
 
 
-def rich_table(rows: Sequence[Row], *, title: str, width: int = _WIDE) -> Table:
+def rich_table(rows: Sequence[Row], *, title: str, width: int = _WIDEST) -> Table:
     """The table for a terminal of so many characters a line."""
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, caption=caption(rows), caption_justify="left", title_justify="left")
-    columns = [column for column in _columns(rows) if width >= _WIDE or not column.wide]
+    columns = [column for column in _columns(rows) if width >= column.width]
     for column in columns:
         # a long setting takes several lines
         table.add_column(column.title, justify="right" if column.right else "left", no_wrap=column.title != "setting")
@@ -207,13 +228,18 @@ def rich_table(rows: Sequence[Row], *, title: str, width: int = _WIDE) -> Table:
     return table
 
 
-def markdown_table(rows: Sequence[Row], *, title: str) -> str:
-    """The table as Markdown, with its title and caption; perplexity is a link to its config where the row says where that lies."""
+def markdown_table(rows: Sequence[Row], *, title: str, state: str = "") -> str:
+    """The table as Markdown, with its title and caption; perplexity is a link to its config where the row says where that lies.
+
+    Args:
+        state: what is missing, if anything is.
+    """
     columns = _columns(rows)
     rule = "|" + "|".join("---:" if column.right else "---" for column in columns) + "|"
     body = [markdown_line(_linked(row, column) for column in columns) for row in rows]
     failures = [f"- {row.method}, {row.setting}{f', {row.model}' if row.model else ''}: {row.error}" for row in rows if row.error]
-    parts = [f"# {title}", "", markdown_line(column.title for column in columns), rule, *body, "", caption(rows), ""]
+    head = [f"# {title}", "", *([f"{state}.", ""] if state else [])]
+    parts = [*head, markdown_line(column.title for column in columns), rule, *body, "", caption(rows), ""]
     return "\n".join([*parts, *(["Failed:", "", *failures, ""] if failures else [])])
 
 
@@ -228,8 +254,9 @@ def _linked(row: Row, column: _Column) -> str:
 
 
 _CSV_COLUMNS = (
-    "model", "method", "setting", "perplexity", "published", "source", "jsd", "kl", "top1_agreement", "tokens", "text_name",
-    "mean_accuracy", "added_macs", "added_share", "scales", "seconds", "peak_bytes", "config", "error",
+    "model", "method", "setting", "perplexity", "published", "difference", "source", "jsd", "kl", "top1_agreement", "tokens",
+    "text_name", "mean_accuracy", "added_macs", "added_share", "scales", "seconds", "cpu_seconds", "peak_bytes",
+    "cuda_peak_bytes", "config", "error",
 )  # fmt: skip
 
 
@@ -242,14 +269,17 @@ def csv_table(rows: Sequence[Row]) -> str:
         found = {} if row.evaluation is None else row.evaluation.as_dict()
         cost = row.cost
         extra = {} if cost is None else {"added_macs": sum(cost.added.values()), "added_share": cost.share, "scales": cost.scales}
-        writer.writerow({**found, **vars(row), "mean_accuracy": row.mean_accuracy, **extra})
+        writer.writerow({**found, **vars(row), "difference": row.difference, "mean_accuracy": row.mean_accuracy, **extra})
     return text.getvalue()
 
 
-def latex_table(rows: Sequence[Row], *, title: str) -> str:
+def latex_table(rows: Sequence[Row], *, title: str, state: str = "") -> str:
     """A table for a paper (packages booktabs): methods down, models and settings across, perplexity in the cells.
 
-    The best of a column is bold; a published value stands in parentheses.
+    The best of a column is bold; a published value stands in parentheses. Cells that failed say so; those not run are dashes.
+
+    Args:
+        state: what is missing, if anything is.
     """
     full = {row.model: row for row in rows if row.method == FULL_PRECISION}
     found = {(row.method, row.model, row.label): row for row in rows if row.method != FULL_PRECISION and row.label != "-"}
@@ -264,7 +294,7 @@ def latex_table(rows: Sequence[Row], *, title: str) -> str:
     heads = [_latex(f"{model} {setting}" if model else setting) for model, setting in across]
     first = [_latex_cell(full.get(model), best=False) for model, _ in across]
     lines = [
-        rf"% {title}",
+        rf"% {title}{f', {state}' if state else ''}",
         rf"\begin{{tabular}}{{l{'r' * len(across)}}}",
         r"\toprule",
         " & ".join(["method", *heads]) + r" \\",
@@ -278,15 +308,15 @@ def latex_table(rows: Sequence[Row], *, title: str) -> str:
 
 
 def _latex_cell(row: Row | None, *, best: bool) -> str:
-    """What was measured, what a paper prints in parentheses, or both."""
-    if row is None or (row.evaluation is None and row.published is None):
+    """What was measured or that it failed, what a paper prints in parentheses, or both."""
+    if row is None:
         return "--"
+    shown = "failed" if row.error is not None else ""
+    if row.evaluation is not None:
+        measured = _latex(format_perplexity(row.evaluation.perplexity))
+        shown = rf"\textbf{{{measured}}}" if best else measured
     published = "" if row.published is None else f"({_latex(format_perplexity(row.published))})"
-    if row.evaluation is None:
-        return published
-    measured = _latex(format_perplexity(row.evaluation.perplexity))
-    shown = rf"\textbf{{{measured}}}" if best else measured
-    return f"{shown} {published}".rstrip()
+    return f"{shown} {published}".strip() or "--"
 
 
 def _perplexity(row: Row) -> float:

@@ -20,4 +20,5 @@ def test_what_a_model_cannot_do_fails_alone(tmp_path: Path) -> None:
     assert first == second
     assert first["failed"] == ["wide"]
     assert [row["method"] for row in first["rows"]] == ["full precision", "rtn"]
+    assert first["rows"][1]["cpu_seconds"] > 0
     assert "does not divide" in (tmp_path / "out" / "table.md").read_text()

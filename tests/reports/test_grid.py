@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from fptquant.config.loading import load_config
 from fptquant.config.tables import TableConfig, load_table, table_cells
 from fptquant.errors import UserError
 from fptquant.evaluation.cost import RuntimeCost
@@ -97,7 +98,10 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
     made = make(grid(folder, model, settings=["w4a4kv4-dynamic"], published=[
         {"model": "tiny", "method": "rotated", "setting": "w4a4kv4-dynamic", "perplexity": 8.56, "source": "a paper"},
         {"model": "tiny", "method": "full precision", "perplexity": 5.47, "source": "a paper"},
-        {"model": "tiny", "method": "elsewhere", "setting": "w4a4kv4-dynamic", "perplexity": 7.25, "source": "a paper"},
+        {
+            "model": "tiny", "method": "elsewhere", "setting": "w4a4kv4-dynamic", "perplexity": 7.25, "source": "a paper",
+            "alone": True,
+        },
     ]))  # fmt: skip
     assert [(row.method, row.published) for row in made.rows] == [
         ("full precision", 5.47), ("rtn", None), ("rotated", 8.56), ("elsewhere", 7.25),
@@ -110,7 +114,9 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
     cell = folder / "cells" / "tiny" / "rotated-w4a4kv4-dynamic"
     assert {path.name for path in (cell / "plots").iterdir()} == {"activations.png", "outliers.png", "block_errors.png"}
     text = (folder / "table.md").read_text()
-    heads = "| method | setting | perplexity | published | JSD | KL | top-1 | added MACs | scales | seconds | peak MiB |"
+    heads = (
+        "method | setting | perplexity | published | JSD | KL | top-1 | added MACs | scales | seconds | CPU seconds | peak MiB |"
+    )
     assert heads in text
     links = re.findall(r"\]\((.*?)\)", text)
     assert len(links) == 2
@@ -123,8 +129,12 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert float(rows[2]["perplexity"]) == measured.perplexity
     assert [row["scales"] for row in rows] == ["", "dynamic", "dynamic", ""]
+    assert [row["difference"] for row in rows[1::2]] == ["", ""]
+    assert float(rows[2]["difference"]) == measured.perplexity - 8.56
     assert int(rows[2]["added_macs"]) > int(rows[1]["added_macs"]) == 0
     assert int(rows[2]["peak_bytes"]) > 2**20
+    assert float(rows[2]["cpu_seconds"]) > 0
+    assert rows[0]["cpu_seconds"] == rows[2]["cuda_peak_bytes"] == ""
     latex = (folder / "table.tex").read_text()
     assert r"method & w4a4kv4-dynamic \\" in latex
     assert latex.count(r"\textbf") == 1
@@ -139,10 +149,21 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_pictures")
 def test_narrow_terminals_get_fewer_columns() -> None:
     cost = RuntimeCost({"T_d": 5}, 500, "static")
-    rows = [Row("rtn", "w4a8kv8-static", Evaluation(29.2, 0.1, 0.9, 8184, 3.0, "a text"), 3.0, cost=cost, peak_bytes=2**30)]
-    heads = [[column.header for column in rich_table(rows, title="t", width=width).columns] for width in (80, 120)]
+    rows = [
+        Row(
+            "rtn",
+            "w4a8kv8-static",
+            Evaluation(29.2, 0.1, 0.9, 8184, 3.0, "a text"),
+            3.0,
+            cost=cost,
+            cpu_seconds=5.0,
+            peak_bytes=2**30,
+        )
+    ]
+    heads = [[column.header for column in rich_table(rows, title="t", width=width).columns] for width in (80, 120, 140)]
     assert heads[0] == ["method", "setting", "perplexity", "JSD", "top-1", "seconds"]
     assert set(heads[1]) - set(heads[0]) == {"added MACs", "scales", "peak MiB"}
+    assert set(heads[2]) - set(heads[1]) == {"CPU seconds"}
 
 
 def test_cells_are_run_folders(model: Path, tmp_path: Path) -> None:
@@ -178,13 +199,52 @@ def test_a_cell_that_fails_is_reported_and_tried_again(
     assert "out of luck" in text
     traces = list(folder.rglob("*.error.txt"))
     assert len(traces) == (error is RuntimeError)
+    assert "\n\n3 of 4 cells, 1 failed.\n\n" in text
+    latex = (folder / "table.tex").read_text()
+    assert latex.partition("\n")[0].endswith(", 3 of 4 cells, 1 failed")
+    assert re.search(r"rtn & [\d,.]+ & failed ", latex)
+    (link,) = re.findall(r"\[failed\]\((.*?)\)", text)
+    assert load_config(folder / link).name == "rtn"
+    assert yaml.safe_load((folder / link).read_text())["quantization"]["activation"]["bits"] == 4
     begun = failing(monkeypatch, lambda cell: False, error)
+    assert [row.as_dict() for row in make(table, resume=True, run=False).failed] == [failed.as_dict()]
+    assert (folder / "table.md").read_text() == text
+    assert begun == []
     whole = make(table, resume=True)
     assert begun == ["rtn w4a4kv4-dynamic"]
     assert whole.failed == []
+    assert " cells" not in (folder / "table.md").read_text().partition("\n| ")[0]
     assert {**scores(whole), ("rtn", "w4a4kv4-dynamic"): None} == scores(made)
-    assert not list(folder.rglob("*.error.txt"))
+    assert not list(folder.rglob("*.error.*"))
     assert not list(folder.rglob("checkpoint*"))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_failure_is_known_until_its_cell_succeeds(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, folder = grid(tmp_path / "out", model, methods=["rtn"]), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        failing(patched, lambda cell: cell == "rtn w4a16", RuntimeError)
+        make(table)
+    with monkeypatch.context() as patched:
+        failing(patched, lambda cell: True, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            make(table, resume=True)
+    (failed,) = make(table, resume=True, run=False).failed
+    assert failed.error == "RuntimeError: out of luck"
+    with monkeypatch.context() as patched:
+        failing(patched, lambda cell: True, UserError)
+        (failed,) = make(table, resume=True).failed
+    assert failed.error == "out of luck"
+    assert not list(folder.rglob("*.error.txt"))  # the trace of an error that is not the last one
+    other = grid(folder, model, methods=["rtn"], settings=["w4a16"], overrides=[*SMALL, "seed=1"])
+    shutil.rmtree(folder / "cells" / "tiny" / "rtn-w4a4kv4-dynamic")
+    assert make(other, resume=True, run=False).failed == []
+    table = grid(folder, model, methods=["rtn"])
+    make(grid(tmp_path / "part", model, methods=["rtn"], settings=["w4a16"]))
+    taken = make(table, resume=True, parts=[tmp_path / "part"], run=False)
+    assert taken.failed == []
+    assert "\n\n1 of 2 cells.\n\n" in (folder / "table.md").read_text()
+    assert not list(folder.rglob("*.error.*"))
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -322,8 +382,20 @@ def test_mistakes_are_found_before_anything_is_done(model: Path, tmp_path: Path)
     elsewhere = {"name": "elsewhere", "method": "rtn", "overrides": ["model=other"]}
     assert "an override names another model, other" in refused(methods=["rtn", elsewhere])
     assert "settings" in refused(settings=[])
-    published = {"model": "tinny", "method": "rtn", "setting": "w4a16", "perplexity": 5.0, "source": "a paper"}
-    assert "tinny is none of the models tiny" in refused(published=[published])
+    published = {"model": "tiny", "method": "rtn", "setting": "w4a16", "perplexity": 5.0, "source": "a paper"}
+    assert "tinny is none of the models tiny; give a model this name" in refused(published=[published | {"model": "tinny"}])
+    stray = [published | other for other in ({"method": "rtm"}, {"setting": "w4a4"}, {"setting": None})]
+    full = {"method": "full precision"}
+    message = refused(published=[*stray, published, published, published | full, published | {"setting": "w44", "alone": True}])
+    for part in (
+        "rtm is none of the methods full precision, rtn, rotated; correct it (did you mean rtn?), or say alone: true",
+        "w4a4 is none of the settings w4a16, w4a4kv4-dynamic; correct it",
+        "rtn on tiny has no setting; give one",
+        "rtn, w4a16 on tiny is there twice; keep one",
+        "full precision on tiny has a setting; leave it out",
+        "'w44' is not a setting",
+    ):
+        assert part in message
     assert "did you mean methods?" in refused(method=["rtn"])
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="there is no table in"):
@@ -379,6 +451,57 @@ def test_a_cell_that_was_killed_before_it_said_what_it_is_begins_anew(model: Pat
     assert made.failed == []
     assert scores(made) == expected
     assert not partial.exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_cell_from_before_something_was_measured_has_no_value_there(model: Path, tmp_path: Path) -> None:
+    table = grid(tmp_path / "out", model, methods=["rtn"], settings=["w4a16"])
+    made = make(table)
+    assert made.rows[1].cpu_seconds is not None
+    file = made.folder / "cells" / "tiny" / "rtn-w4a16" / "metrics.json"
+    found = json.loads(file.read_text())
+    for result in found["results"]:
+        del result["cpu_seconds"], result["cuda_peak_bytes"]
+    file.write_text(json.dumps(found))
+    again = make(table, resume=True, run=False)
+    assert again.rows[1] == replace(made.rows[1], cpu_seconds=None)
+    assert "CPU seconds" not in (made.folder / "table.md").read_text()
+
+
+def test_published_values_follow_what_overrides_leave_of_the_grid(tmp_path: Path) -> None:
+    value = {"model": "tiny", "method": "rtn", "setting": "w4a16kv16-static", "perplexity": 5.0, "source": "a paper"}
+    other = value | {"method": "rotated", "setting": "w4a4kv4-dynamic", "perplexity": 6.0}
+    alone = value | {"method": "elsewhere", "alone": True}
+    table = grid(tmp_path / "out", "tiny", published=[value, other, alone])
+    assert table.published_value("tiny", "rtn", "w4a16") == table.published[0]  # another label of the same setting
+    assert table.published_value("tiny", "rtn", "w4a4kv4-dynamic") is None
+    assert len(table_cells(table)) == 4
+
+    def kept(*overrides: str) -> list[str]:
+        narrow = load_table(tmp_path / "out.yaml", *overrides)
+        table_cells(narrow)
+        return [value.method for value in narrow.published]
+
+    assert kept("methods=[rtn]") == ["rtn", "elsewhere"]
+    assert kept("settings=[w4a4kv4-dynamic]") == ["rotated", "elsewhere"]
+    assert kept("published=[]") == []
+    with pytest.raises(UserError, match="nowhere is none of the methods"):
+        kept("methods=[rtn]", f"published={json.dumps([value | {'method': 'nowhere'}])}")
+
+
+def test_latex_tells_a_failed_cell_from_one_that_was_not_run() -> None:
+    measured = Evaluation(29.2, 0.1, 0.9, 8184, 3.0, "a text")
+    rows = [
+        Row("rtn", "w4a16", measured, 3.0),
+        Row("rtn", "w4a4-static, automatic prefix", None, None, error="out of luck"),
+        Row("gptq", "w4a16", None, None, error="out of luck", published=8.56),
+        Row("awq", "w4a4-static", measured, 3.0),
+    ]
+    text = latex_table(rows, title="t")
+    assert r"method & w4a16 & w4a4-static \\" in text
+    assert r"rtn & \textbf{29.20} & failed \\" in text
+    assert r"gptq & failed (8.56) & -- \\" in text
+    assert r"awq & -- & \textbf{29.20} \\" in text
 
 
 def test_methods_of_any_name_can_be_set_in_latex() -> None:

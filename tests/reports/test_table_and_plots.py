@@ -33,6 +33,15 @@ def test_markdown() -> None:
     assert "WikiText-2 test, 8,184 predictions" in lines[-1]
 
 
+def test_columns_of_what_few_rows_have() -> None:
+    measured = Row("gptq", "w4a16", ROWS[0].evaluation, 3.0, cpu_seconds=5.25, peak_bytes=2**30, cuda_peak_bytes=3 * 2**20)
+    lines = markdown_table([ROWS[0], measured], title="demo").splitlines()
+    assert lines[2].endswith("| seconds | CPU seconds | peak MiB | CUDA MiB |")
+    assert lines[4].endswith("| 3.0 | - | - | - |")
+    assert lines[5].endswith("| 3.0 | 5.2 | 1,024 | 3 |")
+    assert Row.from_dict(measured.as_dict()) == measured
+
+
 def test_terminal() -> None:
     console = Console(file=io.StringIO(), width=120)
     console.print(rich_table(ROWS, title="demo"))
