@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -117,6 +118,13 @@ class ResidualRotation(Transform):
         self.signs = self.signs.new_zeros(0)
         with torch.no_grad():
             self.generator.zero_()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        for name, shape in (("signs", (self.hidden_size,)), ("dense", (self.hidden_size, self.hidden_size))):
+            stored, own = state_dict.get(prefix + name), getattr(self, name)
+            if stored is not None and stored.shape in ((0,), shape):  # a learned matrix takes the place of signs
+                setattr(self, name, own.new_empty(stored.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def frozen(self) -> ResidualRotation:
         """The same rotation with the parameter absorbed into the start, so that many merges compute C only once."""
