@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 import fptquant as fq
 from fptquant.stages.calibrate import CalibrationResult
+from fptquant.transforms import ResidualRotation
 from tests.models.tiny import token_ids
 from tests.tiny_folder import save_tiny_folder
 
@@ -40,17 +41,6 @@ def test_a_disk_that_fills_up_while_weights_are_written(tmp_path: Path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_model_whose_rotation_was_learned_comes_back(tmp_path: Path) -> None:
-    model, tokenizer = fq.load_model(save_tiny_folder(tmp_path / "model"))
-    learned = "transforms.residual_rotation={start: random_hadamard, learn: true, steps: 1}"
-    result = fq.calibrate(model, tokenizer, fq.load_config("smoke", learned), progress=lambda done, total, text: None)
-    rotation = result.transforms.residual_rotation
-    assert rotation is not None
-    assert not rotation.is_fast
-    loaded, _ = fq.load_calibrated(result.save(tmp_path / "out"))
-    assert torch.equal(loaded(token_ids()).logits, result.model(token_ids()).logits)
-
-
 def test_ranges_per_head_and_per_group_come_back(tmp_path: Path) -> None:
     model, tokenizer = fq.load_model(save_tiny_folder(tmp_path / "model"))
     groups = ["quantization.activation={granularity: per_group, group_size: 8}", "quantization.overrides.o_in.granularity=per_head"]
@@ -62,3 +52,33 @@ def test_ranges_per_head_and_per_group_come_back(tmp_path: Path) -> None:
     assert loaded.model.layers[1].self_attn.o_proj.input_quantizer.scale.shape == (4,)
     assert loaded.model.layers[1].mlp.down_proj.input_quantizer.scale.shape == (12,)
     assert torch.equal(loaded(token_ids()).logits, result.model(token_ids()).logits)
+
+
+LEARNED_ROTATIONS = {
+    "end to end": ["training.steps=1", "training.window=32", "training.held_out_windows=1", "training.text=topics"],
+    "locally": ["training=null", "local.method=closed_form", "local.value_steps=2", "transforms.residual_rotation.learn=true"],
+}
+
+
+@pytest.mark.parametrize("learned", LEARNED_ROTATIONS)
+@pytest.mark.filterwarnings("ignore:.*did not lower", "ignore:the held-out divergence")
+def test_a_learned_residual_rotation_comes_back(learned: str, tmp_path: Path) -> None:
+    """It is a dense matrix where the start was signs of a Hadamard transform."""
+    model, tokenizer = fq.load_model(save_tiny_folder(tmp_path / "model"))
+    small = ["quantization=w4a8kv8-dynamic", "quantization.prefix=null", *LEARNED_ROTATIONS[learned]]
+    config = fq.load_config("spinquant", *small)
+    result = fq.calibrate(model, tokenizer, config, progress=lambda done, total, text: None)
+    loaded, _ = fq.load_calibrated(result.save(tmp_path / "out"))
+    assert torch.equal(loaded(token_ids()).logits, result.model(token_ids()).logits)
+
+
+def test_a_residual_rotation_of_another_size_does_not_fit() -> None:
+    learned, other = ResidualRotation(8), ResidualRotation(16)
+    learned.set_matrix_(learned.matrix())
+    same = ResidualRotation(8, seed=1)
+    same.load_state_dict(learned.state_dict())
+    assert torch.equal(same.matrix(), learned.matrix())
+    with pytest.raises(RuntimeError, match="size mismatch for dense"):
+        other.load_state_dict(learned.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch for signs"):
+        other.load_state_dict(ResidualRotation(8).state_dict())
