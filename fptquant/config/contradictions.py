@@ -236,12 +236,13 @@ def _tokens(config: Config) -> Iterator[Contradiction]:
 
 
 def _rounding(config: Config) -> Iterator[Contradiction]:
-    if config.rounding.clip and not config.rounding.static_groups:
-        yield Contradiction(
-            ("rounding.clip", "rounding.static_groups"),
-            "true narrows the ranges that were set before, and static_groups = false sets them anew; set one of them otherwise",
-        )
     rounding = config.rounding
+    for name in ("clip", "search_ranges"):
+        if getattr(rounding, name) and not rounding.static_groups:
+            yield Contradiction(
+                (f"rounding.{name}", "rounding.static_groups"),
+                "true changes the ranges that were set before, and static_groups = false sets them anew; set one of them otherwise",
+            )
     if rounding.method == "autoround" and rounding.batch > rounding.windows:
         yield Contradiction(
             ("rounding.batch", "rounding.windows"),

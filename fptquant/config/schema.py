@@ -36,6 +36,7 @@ class RoundingConfig(StrictModel):
     damping: float = Field(default=0.01, gt=0, description="share of the Hessian's mean diagonal that is added to it (gptq)")
     static_groups: bool = Field(default=True, description="keep the group ranges that were set before rounding (gptq)")
     clip: bool = Field(default=False, description="narrow ranges so that the layers' outputs stay closest (nearest, gptq)")
+    search_ranges: bool = Field(default=False, description="choose each row's range by the loss that rounding leaves (gptq)")
     token_weights: Literal["equal", "fisher"] = Field(
         default="equal", description="fisher: tokens count by the gradients at their outputs (clip, gptq)"
     )

@@ -29,7 +29,9 @@ _RANGE_FIELDS = {
 _CLIP_FIELDS = frozenset({"token_weights", "text", "windows", "window"})
 _ROUNDING_FIELDS = {
     "nearest": frozenset({"clip"}),
-    "gptq": frozenset({"clip", "token_weights", "act_order", "damping", "static_groups", "text", "windows", "window"}),
+    "gptq": frozenset(
+        {"clip", "search_ranges", "token_weights", "act_order", "damping", "static_groups", "text", "windows", "window"}
+    ),
     "autoround": frozenset({"iterations", "batch", "lr", "learn_clipping", "text", "windows", "window"}),
 }
 """The fields that each rounding method reads."""

@@ -26,6 +26,8 @@ _MORE = 10.0
 """Factor by which the damping grows while the Hessian is not positive definite."""
 _MOST = 1e3
 """Damping with which every Hessian of finite inputs is."""
+_MULTIPLES = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2)
+"""Of a range, that are tried."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,18 @@ class GPTQOptions:
     clip: bool = False
     """Ranges are narrowed first, so that rounding to nearest leaves the outputs closest (`fptquant.quantizers.clip_range`)."""
 
+    search_ranges: bool = False
+    """Every row takes the multiple of its range, of nine, that leaves the least loss when its columns are rounded."""
+
     def __post_init__(self) -> None:
         if self.damping <= 0:
             raise UserError(
                 f"damping = {self.damping}: the Hessian of few inputs has no inverse without it; choose a positive share"
             )
-        if self.clip and not self.static_groups:
+        changed = "clip" if self.clip else "search_ranges"
+        if (self.clip or self.search_ranges) and not self.static_groups:
             raise UserError(
-                "static_groups = false sets ranges anew, clip = true narrows those that were set; set one of them otherwise"
+                f"static_groups = false sets ranges anew, {changed} = true changes those that were set; set one of them otherwise"
             )
         if self.act_order and not self.static_groups:
             raise UserError(
@@ -144,7 +150,7 @@ def factorize(hessian: Tensor, options: GPTQOptions, name: str = "weight") -> Fa
 def gptq_round(weight: Tensor, quantizer: Quantizer, factor: Factor, options: GPTQOptions) -> tuple[Tensor, float]:
     """The weight with every column on the quantizer's grid, and the loss: sum over the rows of (w - q) H (w - q)^T, damped H.
 
-    Without ``static_groups`` the quantizer gets new ranges.
+    Without ``static_groups``, and with ``search_ranges``, the quantizer gets new ranges.
 
     Shape: weight [rows, columns], any floating dtype; returns the same. Columns are worked on in float32, or float64.
 
@@ -160,6 +166,8 @@ def gptq_round(weight: Tensor, quantizer: Quantizer, factor: Factor, options: GP
     if factor.order is not None:
         work, group = work[:, factor.order], group[factor.order]
     work, upper = work.contiguous(), factor.upper.to(work.dtype)
+    if options.search_ranges:
+        scale *= _best_multiples(work, upper, scale, zero, group, quantizer)
     if options.static_groups or scale.shape[1] == 1:
         loss = float(ops.gptq_(work, upper, scale, zero, grid=quantizer.grid, group=group).sum())
     else:
@@ -174,6 +182,22 @@ def _by_row(part: Tensor, weight: Tensor) -> Tensor:
     if part.dim() == 2:
         return part.contiguous()
     return part.expand(len(weight))[:, None].contiguous()
+
+
+def _best_multiples(work: Tensor, upper: Tensor, scale: Tensor, zero: Tensor | None, group: Tensor, quantizer: Quantizer) -> Tensor:
+    """By what each row's scales are to be multiplied [rows, 1]; the quantizer's are. One number for all rows if they share a scale.
+
+    Zero points stay: a multiple of a range is that of both its ends.
+    """
+    losses = torch.stack(
+        [ops.gptq_(work.clone(), upper, scale * multiple, zero, grid=quantizer.grid, group=group) for multiple in _MULTIPLES]
+    )
+    assert quantizer.scale is not None
+    if quantizer.scale.numel() == 1:
+        losses = losses.sum(1, keepdim=True)
+    best = losses.new_tensor(_MULTIPLES)[losses.argmin(0)]
+    quantizer.scale = quantizer.scale * best.reshape(-1, *[1] * (quantizer.scale.dim() - 1)).to(quantizer.scale.dtype)
+    return best[:, None].to(scale.dtype)
 
 
 def _round_groups_(work: Tensor, upper: Tensor, scale: Tensor, zero: Tensor | None, size: int, quantizer: Quantizer) -> float:

@@ -142,7 +142,11 @@ def _token_weights(model: PreTrainedModel, windows: Tensor, config: Config, **pa
 def _gptq_(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any) -> dict[str, Any]:
     settings = config.rounding
     options = GPTQOptions(
-        act_order=settings.act_order, damping=settings.damping, static_groups=settings.static_groups, clip=settings.clip
+        act_order=settings.act_order,
+        damping=settings.damping,
+        static_groups=settings.static_groups,
+        clip=settings.clip,
+        search_ranges=settings.search_ranges,
     )
     token_weights, seconds = _token_weights(model, windows, config, **pass_)
     found = round_gptq_(model, windows, options, token_weights=token_weights, **pass_)

@@ -142,6 +142,38 @@ def test_groups_get_their_ranges_when_they_are_reached(symmetric: bool) -> None:
     assert error(weight, rounded, h) < 0.7 * error(weight, before(weight), h)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerGroup(8)], ids=str)
+def test_every_row_takes_the_range_that_leaves_the_least_loss(granularity: Granularity, act_order: bool, symmetric: bool) -> None:
+    """As if the row, or the weight whose rows share a range, had been rounded with each multiple by itself."""
+    plain, searching = GPTQOptions(act_order=act_order), GPTQOptions(act_order=act_order, search_ranges=True)
+    h, weight = hessian(), random(ROWS, COLUMNS)
+    made = quantizer(weight, granularity, symmetric=symmetric)
+    assert made.scale is not None
+    before = made.scale.clone()
+    factor = factorize(h, searching)
+    rounded, loss = gptq_round(weight, made, factor, searching)
+    multiples = torch.linspace(0.8, 1.2, 9, dtype=torch.float64)
+    chosen = (made.scale / before).reshape(-1, 1) if before.numel() == 1 else (made.scale / before).reshape(ROWS, -1)
+    assert torch.allclose(chosen, chosen[:, :1], rtol=1e-6)
+    assert torch.equal(made(rounded), rounded)
+
+    found = []
+    for multiple in multiples:
+        other = quantizer(weight, granularity, symmetric=symmetric)
+        other.scale = before * multiple
+        tried, _ = gptq_round(weight, other, factor, plain)
+        difference = weight - tried
+        found.append(((difference @ damped(h, 0.01)) * difference).sum(1))
+    losses = torch.stack(found)
+    if before.numel() == 1:
+        losses = losses.sum(1, keepdim=True)
+    assert torch.allclose(chosen[:, 0].double(), multiples[losses.argmin(0)], rtol=1e-6)
+    assert loss == pytest.approx(float(losses.min(0).values.sum()), rel=1e-6)
+    assert loss < float(losses[4].sum())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_narrow_weights_stay_on_their_grid(dtype: torch.dtype) -> None:
     weight = random(ROWS, COLUMNS).to(dtype)
@@ -165,6 +197,8 @@ def test_errors() -> None:
         GPTQOptions(damping=0)
     with pytest.raises(UserError, match="act_order = true takes"):
         GPTQOptions(act_order=True, static_groups=False)
+    with pytest.raises(UserError, match="search_ranges = true changes"):
+        GPTQOptions(search_ranges=True, static_groups=False)
     without = Quantizer(IntegerGrid(4), PerChannel(0), name="w")
     with pytest.raises(UserError, match="no range has been set"):
         gptq_round(torch.ones(2, 2), without, Factor(torch.eye(2), None, 0.1), IN_ORDER)
