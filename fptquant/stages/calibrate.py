@@ -39,7 +39,7 @@ from fptquant.stages.fuse_norms import fuse_norms_
 from fptquant.stages.learn_rotation import learn_rotation_
 from fptquant.stages.merge_transforms import merge_blocks_, rotate_residual_, scale_norms_
 from fptquant.stages.optimize_local import optimize_local_
-from fptquant.stages.prepared import PREPARED, Prepared, load_prepared, restore_state_, save_prepared
+from fptquant.stages.prepared import PREPARED, Prepared, load_prepared, save_prepared
 from fptquant.stages.progress import Progress as ProgressCallback
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
 from fptquant.stages.smooth import smooth_
@@ -170,7 +170,7 @@ def _transform_(
     options = TransformOptions.of(config.transforms)
     transforms = build_transforms(sizes, options, seed=config.seed).to(model.device)
     if earlier is not None:
-        restore_state_(transforms, earlier.transforms)
+        transforms.load_state_dict(earlier.transforms)
     if config.norm_gains == "fused":
         with stage("fuse norms"):
             untie_(model)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fptquant.files import check_same_run, of_kind, read_file, replace_file, to_bytes
 
@@ -59,16 +58,3 @@ def load_prepared(path: Path, belongs_to: Mapping[str, Any]) -> Prepared | None:
     tensors, rest = read_file(path)
     check_same_run(path, rest["belongs_to"], belongs_to)
     return Prepared(of_kind("transforms", tensors), of_kind("ranges", tensors), rest["prefix"], rest["report"], rest["seconds"])
-
-
-@torch.no_grad()
-def restore_state_(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Parameters and buffers of a module and its parts, whose buffers may have had other shapes (a learned T_r)."""
-    for name, value in state.items():
-        where, _, attribute = name.rpartition(".")
-        owner = module.get_submodule(where)
-        current = getattr(owner, attribute)
-        if isinstance(current, nn.Parameter):
-            current.copy_(value)
-        else:
-            setattr(owner, attribute, value.to(current.device))
