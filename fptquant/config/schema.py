@@ -143,6 +143,12 @@ class Config(StrictModel):
         return (self.rounding.method != "nearest" or self.rounding.clip) and self.quantization.weight.bits < 16
 
     @property
+    def keeps_rounded(self) -> bool:
+        """Whether the weights of the calibrated model lie on their grids, instead of being rounded to nearest in every pass."""
+        stays = self.rounding.method != "nearest" or self.trained_ranges is not None
+        return stays and self.quantization.weight.bits < 16
+
+    @property
     def output_folder(self) -> str:
         """``output`` with its placeholders filled in."""
         return self.output.replace("{name}", self.name).replace("{setting}", self.quantization.label)

@@ -65,8 +65,8 @@ def scan_sensitivity(
 ) -> list[Sensitivity]:
     """Perplexity of a calibrated model and its divergence from full precision with each kind of site quantized alone.
 
-    Ranges stay as calibrated. What is left with ``NOTHING`` quantized is the cost of a prefix, and of weights that were rounded
-    before they were saved; transforms cost nothing.
+    Ranges stay as calibrated. What is left with ``NOTHING`` quantized is the cost of a prefix; transforms cost nothing. Of weights
+    that lie on their grids nothing can be switched off before `fptquant.evaluation.unrounded` gives the model those that it had.
 
     Args:
         reference: what the full-precision model said on the same windows.

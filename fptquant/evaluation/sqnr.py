@@ -48,7 +48,8 @@ def quantizer_sqnr(model: PreTrainedModel, windows: Tensor, *, progress: Progres
 
     All quantizers are on, so each meets what the others have left of a value, as it does in use; the ratio is the error
     of that one quantizer. Activations and caches are measured on the windows, all of them as one signal, weights as they
-    are. Infinite where nothing is changed, as for weights that were rounded before they were saved.
+    are. Infinite where nothing is changed, as for weights that lie on their grids already: `fptquant.evaluation.unrounded` gives a
+    model those that it had before.
 
     Shape:
         windows: [windows, window], int64

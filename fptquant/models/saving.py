@@ -142,8 +142,16 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is missing or damaged ({error}); calibrate and save again") from None
 
 
-def _load_transforms(model: PreTrainedModel, config: Config, path: Path) -> ModelTransforms:
-    """The transforms of a calibrated model, of which the weights hold all but what acts online."""
+def load_transforms(model: PreTrainedModel, config: Config, folder: Path) -> ModelTransforms:
+    """The transforms of the calibrated model of a folder, of which the weights hold all but what acts online.
+
+    Args:
+        model: it, or the full-precision one that it comes from.
+
+    Raises:
+        UserError: if the file is missing or damaged, or does not fit the model.
+    """
+    path = folder / TRANSFORMS
     transforms = build_transforms(model_sizes(view_model(model)), TransformOptions.of(config.transforms), seed=config.seed)
     try:
         transforms.load_state_dict(_load_tensors(path))
@@ -214,7 +222,7 @@ def load_calibrated(folder: str | Path, *, device: str = "cpu") -> tuple[PreTrai
     align_weights_(model)
     model.train(False)
     model.requires_grad_(False)
-    instrument_for(model, config, _load_transforms(model, config, folder / TRANSFORMS))
+    instrument_for(model, config, load_transforms(model, config, folder))
     load_ranges_(model, _load_tensors(folder / QUANTIZERS), folder / QUANTIZERS)
     if config.quantization.prefix is not None:
         _load_prefix_(model, folder / PREFIX, len(config.quantization.prefix))

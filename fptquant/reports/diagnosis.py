@@ -19,6 +19,7 @@ from fptquant.evaluation.places import look_at_windows
 from fptquant.evaluation.sensitivity import Sensitivity, scan_sensitivity
 from fptquant.evaluation.sqnr import quantizer_sqnr
 from fptquant.evaluation.teacher import TeacherCache
+from fptquant.evaluation.unrounded import unround_, unrounded_weights_
 from fptquant.models.adapter import view_model
 from fptquant.models.loading import load_model
 from fptquant.models.saving import load_calibrated
@@ -85,6 +86,8 @@ def diagnose(
 ) -> Diagnosis:
     """Measures a saved model and the full-precision one that it comes from, one after the other: one is in memory at a time.
 
+    Weights that were rounded for good are measured as all others: beside the model are those that it had before.
+
     Args:
         folder: that of the calibrated model.
         config: the one it was saved with.
@@ -96,8 +99,11 @@ def diagnose(
     check_window(model.config, window + len(config.quantization.prefix or ()), "the window of a report, with the prefix")
     reference, _ = build_reference(model, tokenizer, text=text, windows=windows, window=window, progress=progress)
     before = _look(model, reference.tokens, None, "full precision: activations", progress)
+    unrounded = unrounded_weights_(model, folder, config, progress=progress) if config.keeps_rounded else None
     del model
     calibrated, _ = load_calibrated(folder, device=str(device))
+    if unrounded is not None:
+        unround_(calibrated, unrounded)
     after = _look(calibrated, reference.tokens, map_layers_of(before.activations), "calibrated: activations", progress)
     sqnr = quantizer_sqnr(calibrated, reference.tokens, progress=progress)
     return Diagnosis(

@@ -17,6 +17,8 @@ from typer.testing import CliRunner, Result
 import fptquant as fq
 from fptquant.cli import app
 from fptquant.errors import UserError
+from fptquant.evaluation.metrics import sqnr_db
+from fptquant.models.adapter import view_model
 from fptquant.reports import report
 from tests.models.tiny import tiny_model
 from tests.tiny_folder import save_tiny_folder
@@ -134,12 +136,13 @@ def test_twice_the_same_page(run: Path, page: Path, tmp_path: Path) -> None:
 
 
 def test_without_sensitivity_for_a_model_that_was_saved_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No run, no training, no transforms, no prefix: their parts are left out. Rounded weights have no error left."""
+    """No run, no training, no transforms, no prefix: their parts are left out. Rounded weights are compared with what they were."""
     monkeypatch.setattr(report, "_histograms", lambda diagnosis: [])  # the slowest figures, which the other page has
     folder = save_tiny_folder(tmp_path / "tiny")
     rounding = ["rounding.text=topics", "rounding.windows=1", "rounding.window=32"]
     config = fq.load_config("gptq", f"model={folder}", "quantization=w4a16", *SMALL, *rounding)
-    result = fq.calibrate(tiny_model("LlamaForCausalLM", vocab_size=VOCABULARY), tiny_tokenizer(), config, progress=quiet)
+    model = tiny_model("LlamaForCausalLM", vocab_size=VOCABULARY)
+    result = fq.calibrate(model, tiny_tokenizer(), config, progress=quiet)
     result.save(tmp_path / "saved")
     seen: list[str] = []
     page = fq.write_report(tmp_path / "saved", sensitivity=False, progress=lambda done, total, what: seen.append(what))
@@ -148,7 +151,12 @@ def test_without_sensitivity_for_a_model_that_was_saved_by_itself(tmp_path: Path
     assert parsed.values("section", "id") == ["run", "blocks", "sqnr", "outliers", "histograms", "stages", "config"]
     assert len(parsed.values("img", "src")) == 2
     assert "2 × 64 tokens of" in parsed.words
-    assert "Weights that were rounded before they were saved" in parsed.words
+    assert "these quantizers change nothing" not in parsed.words
+    weakest = re.findall(r"layers\.(\d)\.(\w+)\.weight (\d+\.\d) dB", parsed.words)
+    assert len(weakest) == 5
+    for layer, name, value in weakest:
+        weights = (view_model(each).blocks[int(layer)].linear(name).weight.detach() for each in (model, result.model))
+        assert value == f"{sqnr_db(*weights):.1f}"
     assert {"figures", "SQNR of every site", "calibrated: activations"} <= set(seen)
     assert fq.load_calibrated(tmp_path / "saved")  # the page beside it is in nobody's way
 
