@@ -39,6 +39,7 @@ from fptquant.reports.plots import draw_block_errors, plot_activations, plot_out
 from fptquant.reports.processes import resolve_device
 from fptquant.reports.progress import Progress
 from fptquant.reports.table import Row, caption, column_titles, format_perplexity, texts
+from fptquant.rounding.round_weights import damping_note
 from fptquant.stages.progress import Progress as ProgressCallback
 from fptquant.training.log import METRICS
 from fptquant.training.train import RANGE_FOLDER
@@ -220,6 +221,7 @@ def render(config: Config, run: Run, diagnosis: Diagnosis) -> str:
             histograms=_histograms(diagnosis),
             training=_training(config, run),
             stages=_stages(run.calibration),
+            damping=damping_note(run.calibration.get("rounding", {}), config),
             config=dump_config(config),
             environment=yaml.safe_dump(run.environment, sort_keys=False),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,8 @@ from fptquant.rounding.clip_ranges import clip_ranges_
 from fptquant.rounding.round_autoround import round_autoround_
 from fptquant.rounding.round_gptq import round_gptq_
 from fptquant.rounding.token_weights import TokenWeights, find_token_weights
-from fptquant.stages.progress import Progress, quiet
+from fptquant.stages.distributed import is_main
+from fptquant.stages.progress import Progress, quiet, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 FOLDER = "checkpoint-rounding"
 """Folder of blocks that are rounded, while a run is unfinished."""
+_NAMED = 5
+"""Linears that are named of those whose Hessian was damped further."""
 
 
 def check_rounding(model: PreTrainedModel, config: Config) -> None:
@@ -86,6 +90,8 @@ def round_(
 ) -> dict[str, Any]:
     """Rounds the weights of a model whose transforms are merged and whose quantizers are on; returns the report.
 
+    What `damping_note` says of it is shown by ``progress``.
+
     Args:
         belongs_to, resume: as in `fptquant.rounding.round_blocks.round_blocks_`.
         folder: where finished blocks are kept; nowhere by default.
@@ -98,6 +104,9 @@ def round_(
     belongs_to = f"{belongs_to} {config.rounding.token_weights} {config.seed}"
     method = {"nearest": _clip_, "gptq": _gptq_, "autoround": _autoround_}[config.rounding.method]
     found = method(model, windows, config, kept=kept, belongs_to=belongs_to, resume=resume, progress=progress)
+    note = damping_note(found, config)
+    if note and is_main():
+        say(progress, note)
     return {
         "method": config.rounding.method,
         "text": data.source,
@@ -105,6 +114,22 @@ def round_(
         "dropped_windows": data.dropped,
         **found,
     }
+
+
+def damping_note(report: Mapping[str, Any], config: Config) -> str:
+    """Which Hessians were not positive definite and got more damping than asked for, by what `round_` reports; empty for none."""
+    names = report.get("damped_further", [])
+    if not names:
+        return ""
+    linears, asked = report["linears"], config.rounding.damping
+    worst = sorted(names, key=lambda name: -linears[name]["damping"])[:_NAMED]
+    named = ", ".join(f"{name} {linears[name]['damping']:g}" for name in worst)
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return (
+        f"GPTQ: the Hessians of {len(names)} of {len(linears)} linears were not positive definite with {asked:g} of their mean "
+        f"diagonal added, and were damped further: {named}{more}; "
+        "give more text (rounding.windows) or more damping (rounding.damping)"
+    )
 
 
 def _token_weights(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any) -> tuple[TokenWeights | None, float]:

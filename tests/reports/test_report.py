@@ -144,6 +144,10 @@ def test_without_sensitivity_for_a_model_that_was_saved_by_itself(tmp_path: Path
     model = tiny_model("LlamaForCausalLM", vocab_size=VOCABULARY)
     result = fq.calibrate(model, tiny_tokenizer(), config, progress=quiet)
     result.save(tmp_path / "saved")
+    metrics = json.loads((tmp_path / "saved" / "metrics.json").read_text())
+    metrics["rounding"]["linears"]["layers.1.up_proj"]["damping"] = 0.1  # as if its Hessian had needed it
+    metrics["rounding"]["damped_further"] = ["layers.1.up_proj"]
+    (tmp_path / "saved" / "metrics.json").write_text(json.dumps(metrics))
     seen: list[str] = []
     page = fq.write_report(tmp_path / "saved", sensitivity=False, progress=lambda done, total, what: seen.append(what))
     assert page == tmp_path / "saved" / "report.html"
@@ -151,6 +155,8 @@ def test_without_sensitivity_for_a_model_that_was_saved_by_itself(tmp_path: Path
     assert parsed.values("section", "id") == ["run", "blocks", "sqnr", "outliers", "histograms", "stages", "config"]
     assert len(parsed.values("img", "src")) == 2
     assert "2 × 64 tokens of" in parsed.words
+    damped = "with 0.01 of their mean diagonal added, and were damped further: layers.1.up_proj 0.1"
+    assert f"GPTQ: the Hessians of 1 of 14 linears were not positive definite {damped}; give more" in parsed.words
     assert "these quantizers change nothing" not in parsed.words
     weakest = re.findall(r"layers\.(\d)\.(\w+)\.weight (\d+\.\d) dB", parsed.words)
     assert len(weakest) == 5

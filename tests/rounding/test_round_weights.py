@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import fptquant as fq
 from fptquant.config.schema import Config
 from fptquant.files import KeptFiles
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.quantizers.autoround import LearnedRounding
+from fptquant.reports.progress import Progress
 from fptquant.rounding import round_gptq
 from fptquant.rounding.round_blocks import DESCRIPTION
-from fptquant.rounding.round_weights import FOLDER
+from fptquant.rounding.round_weights import FOLDER, damping_note
 from fptquant.stages.calibrate import CalibrationResult
 from tests.models.tiny import tiny_model, token_ids
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
@@ -83,6 +86,30 @@ def test_the_weights_are_rounded_reported_and_saved(tmp_path: Path) -> None:
     result.save(tmp_path / "out")
     loaded, _ = fq.load_calibrated(tmp_path / "out")
     assert torch.equal(loaded(tokens).logits, result.model(tokens).logits)
+
+
+def test_a_hessian_that_is_damped_further_is_told_of() -> None:
+    """Eight tokens span 8 of 64 columns: with next to no damping the Hessian has no factor."""
+    chosen = config("rounding.windows=1", "rounding.window=8", "rounding.damping=1e-30")
+    written = StringIO()
+    with Progress(Console(file=written, width=200)) as progress:
+        model = tiny_model("LlamaForCausalLM", vocab_size=VOCABULARY, num_hidden_layers=BLOCKS)
+        result = fq.calibrate(model, tiny_tokenizer(), chosen, progress=progress)
+    report = result.metrics["rounding"]
+    further = {name: entry["damping"] for name, entry in report["linears"].items() if entry["damping"] > 1e-30}
+    assert list(further) == report["damped_further"]
+    assert len(further) > 5
+    assert all(1e-20 < damping < 1e-4 for damping in further.values())  # where the last bits of float32 products begin to see it
+    linears = [module for module in result.model.modules() if isinstance(module, QuantizedLinear)]
+    assert all(torch.equal(linear.quantized_weight(), linear.weight) for linear in linears)
+    (line,) = (line for line in written.getvalue().splitlines() if line.startswith("GPTQ:"))
+    assert line == damping_note(report, chosen)
+    worst = max(further, key=lambda name: further[name])
+    assert f"the Hessians of {len(further)} of 21 linears were not positive definite with 1e-30" in line
+    assert f"damped further: {worst} {further[worst]:g}, " in line
+    assert f" and {len(further) - 5} more; give more text" in line
+    with pytest.warns(RuntimeWarning, match="GPTQ: the Hessians of"):  # a progress that says nothing
+        calibrate(chosen)
 
 
 def test_weights_of_tokens_change_what_is_rounded_and_clipped() -> None:
