@@ -279,11 +279,14 @@ def report(
     text: Annotated[str | None, typer.Option("--text", help="A text of fptquant ls, or a file; the run's by default.")] = None,
     windows: Annotated[int, typer.Option("--windows", min=1, help="How many of the text's first windows are read.")] = 2,
     window: Annotated[int | None, typer.Option("--window", min=2, help="Tokens of a window; 512 at most by default.")] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=0, help="Show what both models say after so many prompts; 2 at most by default.")
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
-    """Write one HTML page about a run: results, where the error arises, outliers, histograms.
+    """Write one HTML page about a run: results, samples of text, where the error arises, outliers, histograms.
 
     The page holds everything it shows. What it shows is measured on a few windows: minutes for a small model, most for sensitivity.
     """
@@ -302,6 +305,7 @@ def report(
             text=text,
             windows=windows,
             window=window,
+            samples=samples,
             device=device,
             progress=progress,
         )

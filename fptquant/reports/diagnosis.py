@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from fptquant.config.schema import Config
+from fptquant.config.tables import FULL_PRECISION
 from fptquant.data.windows import check_window
 from fptquant.evaluation.evaluate import build_reference
 from fptquant.evaluation.histograms import ActivationHistograms, Histograms, weight_histograms
 from fptquant.evaluation.outliers import OutlierCounter, PlaceOutliers
 from fptquant.evaluation.places import look_at_windows
+from fptquant.evaluation.samples import continuations, sample_prompts
 from fptquant.evaluation.sensitivity import Sensitivity, scan_sensitivity
 from fptquant.evaluation.sqnr import quantizer_sqnr
 from fptquant.evaluation.teacher import TeacherCache
@@ -24,6 +26,7 @@ from fptquant.models.adapter import view_model
 from fptquant.models.loading import load_model
 from fptquant.models.saving import load_calibrated
 from fptquant.reports.experiment import DTYPES, PLOT_TOKENS
+from fptquant.reports.samples import Samples
 from fptquant.reports.statistics import (
     ActivationStatistics,
     ResidualTrace,
@@ -63,6 +66,8 @@ class Diagnosis:
     """Decibels, by the name of the quantizer."""
     sensitivity: list[Sensitivity]
     """Empty if it was not asked for."""
+    samples: Samples | None = None
+    """What both models said after the beginnings of some windows, if they were asked."""
     words: dict[tuple[int, int], str] = field(default_factory=dict)
     """The text of each token, by window and position, that carries a massive activation."""
 
@@ -79,6 +84,7 @@ def diagnose(
     text: str,
     windows: int,
     window: int,
+    samples: int,
     sensitivity: bool,
     per_layer: bool,
     device: torch.device,
@@ -91,6 +97,7 @@ def diagnose(
     Args:
         folder: that of the calibrated model.
         config: the one it was saved with.
+        samples: how many windows give a prompt.
 
     Raises:
         UserError: if the full-precision model or the text cannot be found, or a window does not fit the context.
@@ -99,6 +106,8 @@ def diagnose(
     check_window(model.config, window + len(config.quantization.prefix or ()), "the window of a report, with the prefix")
     reference, _ = build_reference(model, tokenizer, text=text, windows=windows, window=window, progress=progress)
     before = _look(model, reference.tokens, None, "full precision: activations", progress)
+    prompts = sample_prompts(reference.tokens, samples) if samples else reference.tokens[:0]
+    said = [(f"{FULL_PRECISION} {config.dtype}", continuations(model, tokenizer, prompts, progress=progress))]
     unrounded = unrounded_weights_(model, folder, config, progress=progress) if config.keeps_rounded else None
     del model
     calibrated, _ = load_calibrated(folder, device=str(device))
@@ -106,6 +115,8 @@ def diagnose(
         unround_(calibrated, unrounded)
     after = _look(calibrated, reference.tokens, map_layers_of(before.activations), "calibrated: activations", progress)
     sqnr = quantizer_sqnr(calibrated, reference.tokens, progress=progress)
+    name = f"{config.name} {config.quantization.setting}"
+    said.append((name, continuations(calibrated, tokenizer, prompts, progress=progress)))
     return Diagnosis(
         before=before,
         after=after,
@@ -114,6 +125,7 @@ def diagnose(
         text_name=reference.text_name,
         sqnr=sqnr,
         sensitivity=_scan(calibrated, reference, per_layer, progress) if sensitivity else [],
+        samples=Samples([str(tokenizer.decode(prompt)) for prompt in prompts], said) if samples else None,
         words={
             (each.window, each.position): str(tokenizer.decode([int(reference.tokens[each.window, each.position])]))
             for look in (before, after)

@@ -28,9 +28,13 @@ def _scored(rows: Sequence[Row]) -> list[tuple[Row, ZeroShot]]:
     return [(row, row.zero_shot) for row in rows if row.zero_shot is not None]
 
 
-def _lines(rows: Sequence[Row]) -> Iterator[list[str]]:
-    """The head, and of each row the model where there are several, method, setting, the main metric of each task, and the mean."""
+def task_lines(rows: Sequence[Row]) -> Iterator[list[str]]:
+    """A table by task of the rows that were scored; nothing if none was.
+
+    The head, and of each row the model where there are several, method, setting, the main metric of each task, and the mean."""
     found = _scored(rows)
+    if not found:
+        return
     several = any(row.model is not None for row, _ in found)
     first = found[0][1].scores
     names = [name if score.main == "acc" else f"{name} {score.main}" for name, score in first.items()]
@@ -40,6 +44,15 @@ def _lines(rows: Sequence[Row]) -> Iterator[list[str]]:
         mean = zero_shot.mean_accuracy
         who = [*([row.model or "-"] if several else []), row.method, row.setting]
         yield [*who, *main, "-" if mean is None else f"{100 * mean:.1f}"]
+
+
+def metric_lines(rows: Sequence[Row]) -> Iterator[list[str]]:
+    """A table of every metric of every task, a column for each of the rows that were scored; its head first."""
+    found = _scored(rows)
+    yield ["task", "metric", *(" ".join(filter(None, (row.model, row.method, row.setting))) for row, _ in found)]
+    for name, score in found[0][1].scores.items() if found else ():
+        for metric in score.metrics:
+            yield [name, metric, *(format_metric(zero_shot.scores[name], metric) for _, zero_shot in found)]
 
 
 def zero_shot_caption(rows: Sequence[Row]) -> str:
@@ -59,7 +72,7 @@ def zero_shot_rich_table(rows: Sequence[Row]) -> Table:
     from rich.table import Table
 
     table = Table(title="zero-shot tasks", caption=zero_shot_caption(rows), caption_justify="left", title_justify="left")
-    head, *body = _lines(rows)
+    head, *body = task_lines(rows)
     for column in head:
         table.add_column(column, justify="left" if column in ("model", "method", "setting") else "right", overflow="fold")
     for line in body:
@@ -75,17 +88,11 @@ def rich_tables(rows: Sequence[Row], *, title: str, width: int) -> list[Table]:
 
 def zero_shot_markdown(rows: Sequence[Row], *, title: str) -> str:
     """The table as Markdown, and a second one with every metric of every task."""
-    head, *body = _lines(rows)
-    found = _scored(rows)
+    head, *body = task_lines(rows)
     texts = 3 if "model" in head else 2
     lines = [f"# {title}", "", markdown_line(head), "|" + "---|" * texts + "---:|" * (len(head) - texts)]
     lines += [markdown_line(line) for line in body]
-    names = [" ".join(filter(None, (row.model, row.method, row.setting))) for row, _ in found]
+    head, *body = metric_lines(rows)
     lines += ["", zero_shot_caption(rows), "", "## Every metric", ""]
-    lines += [markdown_line(["task", "metric", *names]), "|---|---|" + "---:|" * len(names)]
-    lines += [
-        markdown_line([name, metric, *(format_metric(zero_shot.scores[name], metric) for _, zero_shot in found)])
-        for name, score in found[0][1].scores.items()
-        for metric in score.metrics
-    ]
+    lines += [markdown_line(head), "|---|---|" + "---:|" * (len(head) - 2), *(markdown_line(line) for line in body)]
     return "\n".join([*lines, ""])

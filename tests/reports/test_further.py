@@ -17,6 +17,7 @@ from fptquant import calibrate, evaluate_zero_shot, load_calibrated, load_config
 from fptquant.cli import app
 from fptquant.evaluation.lm_eval_model import LMEvalModel
 from fptquant.files import KeptFiles
+from fptquant.reports import page
 from tests.evaluation.lm_eval_tiny import SHARED, closing_tokenizer, leave_machine_alone, write_tasks
 from tests.tiny_folder import save_tiny_folder
 
@@ -118,7 +119,7 @@ def test_help_names_the_extra() -> None:
     assert "pip install 'fptquant[eval]'" in " ".join(invoke("evaluate", "--help").stdout.replace("│", " ").split())
 
 
-def test_runs_and_tables_score_tasks_too(home: Path, tmp_path: Path) -> None:
+def test_runs_tables_and_reports_show_tasks_too(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zero_shot = f"evaluation={{text: topics, windows: 2, window: 32, zero_shot: {{tasks: {home / 'tasks'}, limit: 2}}}}"
     done = invoke("run", "smoke", f"model={home / 'tiny'}", zero_shot, "quantization=w4a16", "-o", tmp_path / "run")
     assert done.exit_code == 0, done.output
@@ -127,6 +128,17 @@ def test_runs_and_tables_score_tasks_too(home: Path, tmp_path: Path) -> None:
     scores = evaluate_zero_shot(*load_calibrated(tmp_path / "run" / "model"), str(home / "tasks"), limit=2)
     assert alone["zero_shot"]["tasks"] == {name: score.as_dict() for name, score in scores.items()}
     assert "| smoke | w4a16 | " in (tmp_path / "run" / "zero_shot.md").read_text()
+    monkeypatch.setattr(page, "_histograms", lambda diagnosis: [])  # the slowest figures, which other tests have
+    assert invoke("report", tmp_path / "run", "--no-sensitivity", "--samples", "0").exit_code == 0
+    written = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert '<section id="zero-shot">' in written
+    assert '<section id="samples">' not in written
+    for entry in (plain, alone):
+        for name, score in entry["zero_shot"]["tasks"].items():
+            error = 100 * score["stderr"]["acc"]
+            assert f"<td>{100 * score['metrics']['acc']:.1f}±{error:.1f}</td>" in written, name
+        assert f"<td>{100 * entry['zero_shot']['mean_accuracy']:.1f}</td>" in written
+    assert '>lambada_openai</td><td class="left">perplexity</td>' in written
 
     table = ["table", "demo", f"models=[{home / 'tiny'}]", "methods=[rtn, smoke]", "settings=[w4a16]", "-o", tmp_path / "table"]
     done = invoke(*table, f"overrides={json.dumps([zero_shot, 'quantization.prefix=null'])}")

@@ -16,10 +16,15 @@ from typer.testing import CliRunner, Result
 
 import fptquant as fq
 from fptquant.cli import app
+from fptquant.data.text import load_text
+from fptquant.data.windows import token_windows
 from fptquant.errors import UserError
 from fptquant.evaluation.metrics import sqnr_db
+from fptquant.evaluation.samples import continuations
 from fptquant.models.adapter import view_model
+from fptquant.reports import page as page_content
 from fptquant.reports import report
+from fptquant.reports.samples import visible
 from tests.models.tiny import tiny_model
 from tests.tiny_folder import save_tiny_folder
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
@@ -32,7 +37,9 @@ TRAINING = [
     "range_training={text: topics, steps: 1, window: 32, held_out_windows: 1}",
 ]  # fmt: skip
 VOID = {"meta", "link", "img", "br"}
-SECTIONS = ["run", "results", "blocks", "sqnr", "sensitivity", "outliers", "histograms", "training", "stages", "config"]
+SECTIONS = [
+    "run", "results", "samples", "blocks", "sqnr", "sensitivity", "outliers", "histograms", "training", "stages", "config",
+]  # fmt: skip
 
 
 def quiet(done: int, total: int, description: str) -> None:
@@ -137,7 +144,7 @@ def test_twice_the_same_page(run: Path, page: Path, tmp_path: Path) -> None:
 
 def test_without_sensitivity_for_a_model_that_was_saved_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No run, no training, no transforms, no prefix: their parts are left out. Rounded weights are compared with what they were."""
-    monkeypatch.setattr(report, "_histograms", lambda diagnosis: [])  # the slowest figures, which the other page has
+    monkeypatch.setattr(page_content, "_histograms", lambda diagnosis: [])  # the slowest figures, which the other page has
     folder = save_tiny_folder(tmp_path / "tiny")
     rounding = ["rounding.text=topics", "rounding.windows=1", "rounding.window=32"]
     config = fq.load_config("gptq", f"model={folder}", "quantization=w4a16", *SMALL, *rounding)
@@ -152,7 +159,7 @@ def test_without_sensitivity_for_a_model_that_was_saved_by_itself(tmp_path: Path
     page = fq.write_report(tmp_path / "saved", sensitivity=False, progress=lambda done, total, what: seen.append(what))
     assert page == tmp_path / "saved" / "report.html"
     parsed = Page(page.read_text(encoding="utf-8"))
-    assert parsed.values("section", "id") == ["run", "blocks", "sqnr", "outliers", "histograms", "stages", "config"]
+    assert parsed.values("section", "id") == ["run", "samples", "blocks", "sqnr", "outliers", "histograms", "stages", "config"]
     assert len(parsed.values("img", "src")) == 2
     assert "2 × 64 tokens of" in parsed.words
     damped = "with 0.01 of their mean diagonal added, and were damped further: layers.1.up_proj 0.1"
@@ -164,6 +171,13 @@ def test_without_sensitivity_for_a_model_that_was_saved_by_itself(tmp_path: Path
         weights = (view_model(each).blocks[int(layer)].linear(name).weight.detach() for each in (model, result.model))
         assert value == f"{sqnr_db(*weights):.1f}"
     assert {"figures", "SQNR of every site", "calibrated: activations"} <= set(seen)
+    prompts = token_windows(tiny_tokenizer(), load_text("topics", "evaluation"), 2, 64)[:, :32]
+    full, mine = (continuations(each, tiny_tokenizer(), prompts) for each in (model, result.model))
+    for number, prompt in enumerate(prompts):
+        assert visible(tiny_tokenizer().decode(prompt)) in parsed.words
+        said = ["gptq w4a16", visible(mine[number].text), f"{mine[number].agreement(full[number])} of 48"]
+        assert re.search(r"\s*".join(re.escape(part) for part in said), parsed.words)
+        assert visible(full[number].text) in parsed.words
     assert fq.load_calibrated(tmp_path / "saved")  # the page beside it is in nobody's way
 
 
@@ -182,6 +196,7 @@ def test_what_is_refused_before_any_work(run: Path, tmp_path: Path, monkeypatch:
         ([run, "--output", tmp_path / "folder.html"], "is a folder"),
         ([run, "--output", tmp_path / "file" / "page.html"], "does not exist"),
         ([run, "--no-sensitivity", "--per-layer"], "ask for both, or for neither"),
+        ([run, "--windows", "2", "--samples", "3"], "3 samples are not possible with 2 windows"),
     ):
         refused = invoke("report", *arguments)
         assert refused.exit_code == 2, refused.output
@@ -201,8 +216,8 @@ def test_windows_that_do_not_fit(run: Path, tmp_path: Path) -> None:
 
 
 def test_layers_in_few_characters() -> None:
-    assert report._ranges([]) == ""
-    assert report._ranges([7, 0, 1, 2, 5, 6, 1]) == "0-2, 5-7"
+    assert page_content._ranges([]) == ""
+    assert page_content._ranges([7, 0, 1, 2, 5, 6, 1]) == "0-2, 5-7"
 
 
 def browser() -> str | None:
