@@ -117,6 +117,7 @@ def ls(debug: Debug = False) -> None:
         "FOLDER or HUB/NAME": f"a Hugging Face model: {', '.join(supported_architectures())}",
     }
     texts = {**TEXT_SOURCES, "FILE.txt, .jsonl, .parquet": "your own text; rows of the last two have a text (or FILE,column=NAME)"}
+    texts["TEXT,add_bos_token=false"] = "any of these without the BOS that some tokenizers, Llama's, put before it"
     parts = {**shipped, "settings (quantization=...)": EXAMPLE_LABELS, "models (model=...)": models}
     for title, entries in {**parts, "texts (calibration.text=..., evaluation.text=...)": texts}.items():
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2), title_style="bold")

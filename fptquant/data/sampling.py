@@ -3,7 +3,8 @@
 The recipe of LLM-QAT (Liu et al., arXiv 2305.17888, section 3.1): a window begins with a random token of the vocabulary, the
 next tokens are the most probable ones, all others are drawn from the model's whole distribution at temperature 1. They found
 this mixture better than drawing from the beginning, and choosing the most probable token to the end repeats itself.
-Deviation: special tokens are never drawn, so a window does not end early; windows of the evaluation hold none either.
+Deviation: special tokens are never drawn, so a window does not end early; windows of the evaluation hold none either, but for a BOS
+before the text.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +28,7 @@ TEXT_SOURCES = {
 LONGEST_TEXT = 4_000_000
 """Characters after which `load_text` reads no further document: about a million tokens."""
 
+_BOS = re.compile(r",add_bos_token=([^,]*)")
 _OPTIONS = re.compile(r"\.(jsonl|parquet),")
 _HELD_OUT_EVERY = 4
 """One topic in so many is held out for evaluation."""
@@ -39,6 +40,9 @@ class Text:
 
     name: str
     content: str
+    add_bos_token: bool = True
+    """Whether the tokenizer may put its BOS before the whole text, once, as the programs of GPTQ and QuaRot let it: published
+    perplexities of Llama are measured so. Tokenizers that put none (SmolLM2's, Qwen's) give the same tokens either way."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,32 @@ def load_text(source: str, purpose: Purpose) -> Text:
 
     A ``.jsonl`` file holds one object with a ``text`` per line, a ``.parquet`` file a column ``text``; ``FILE,column=NAME``
     takes another one. Their documents, and those of the hub, are joined by blank lines until there are ``LONGEST_TEXT``
-    characters.
+    characters. With ``,add_bos_token=false`` behind any source the tokenizer puts no BOS before the text (`Text`).
 
     Raises:
         UserError: if the source is unknown, cannot be reached or cannot be read.
     """
+    plain, add_bos_token = split_bos(source)
+    text = _load_plain(plain, purpose)
+    return text if add_bos_token else replace(text, name=f"{text.name} without BOS", add_bos_token=False)
+
+
+def split_bos(source: str) -> tuple[str, bool]:
+    """A source without its option ``add_bos_token``, and the value of that, true by default.
+
+    >>> split_bos("lines.jsonl,column=body,add_bos_token=false")
+    ('lines.jsonl,column=body', False)
+
+    Raises:
+        UserError: if the value is neither true nor false.
+    """
+    found: list[str] = _BOS.findall(source)
+    if set(found) - {"true", "false"}:
+        raise UserError(f"text {source!r}: add_bos_token is true or false")
+    return _BOS.sub("", source), "false" not in found
+
+
+def _load_plain(source: str, purpose: Purpose) -> Text:
     if source == "topics":
         return topics(purpose)
     if source == "wikitext2":

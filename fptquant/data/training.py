@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fptquant.data.overlap import Passages
 from fptquant.data.sampling import SAMPLED_NAME, sample_windows
-from fptquant.data.text import Documents, Text, load_text, open_documents
+from fptquant.data.text import Documents, Text, load_text, open_documents, split_bos
 from fptquant.errors import UserError
 from fptquant.fingerprint import tensors_digest
 from fptquant.stages.progress import Progress, quiet
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _BETWEEN = "\n\n"
-"""What joins documents: no special token, because windows of the evaluation hold none, and in SmolLM2 the one that its
+"""What joins documents: no special token, because windows of the evaluation hold none in a text, and in SmolLM2 the one that its
 makers put between documents carries a massive activation wherever it stands (14,600; without it, the largest of 256 tokens
 after the first: 730)."""
 
@@ -107,6 +107,8 @@ def training_windows(
     wanted = windows if distinct is None else min(windows, distinct)
     if min(wanted, window - 1) < 1 or held_out < 0:
         raise UserError(f"{windows} windows of {window} tokens and {held_out} held out cannot be trained on; ask for more")
+    if isinstance(source, str) and split_bos(source)[0] != source:
+        raise UserError(f"text {source!r}: add_bos_token has no effect, because windows to learn from never hold one; leave it out")
     cutter = _Cutter(tokenizer, window, Passages(excluded), progress)
     if source == "model":
         if model is None:

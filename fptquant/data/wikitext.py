@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -25,8 +27,11 @@ class WikiTextUnavailable(UserError):
 def load_wikitext2(split: Split = "test") -> str:
     """A split of WikiText-2 raw, its rows joined by two newlines, as papers evaluate it.
 
+    The rows are those of the hub: a line of the original files with its line break, or nothing for a blank one.
+
     ``FPTQUANT_WIKITEXT2`` is tried first: a text file, or a folder with ``raw-test.txt``, ``wiki.test.raw`` or the data
-    set as the hub keeps it. Without it the hub is asked; a machine without network is told so within seconds.
+    set as the hub keeps it; a file may be an original one or hold the joined rows (`joined_rows`). Without it the hub is asked; a
+    machine without network is told so within seconds.
 
     Raises:
         WikiTextUnavailable: says what was tried and what to do.
@@ -46,7 +51,7 @@ def _from_path(path: Path, split: Split) -> str:
     try:
         for file in files:
             if file.is_file():
-                return file.read_text(encoding="utf-8")
+                return joined_rows(file.read_text(encoding="utf-8"))
         if (path / _CONFIGURATION).is_dir():
             return _load(str(path), split)
     except (OSError, ValueError) as error:
@@ -55,6 +60,25 @@ def _from_path(path: Path, split: Split) -> str:
         f"{WIKITEXT2_VARIABLE}={path}: there is no such text; give a text file, or a folder that holds "
         f"raw-{split}.txt, wiki.{split}.raw or {_CONFIGURATION}/{split}-*.parquet"
     )
+
+
+def joined_rows(content: str) -> str:
+    r"""The text of a file with its rows joined by two newlines; one that holds them joined already stays as it is.
+
+    An original file is known by two lines with words one after the other, as its paragraphs are, or by a blank line that holds
+    a space. Joined rows have neither: two newlines stand between any two of them, and a blank row is empty.
+
+    >>> joined_rows(" \n = Title = \n \n One. \n Two. \n")
+    '\n\n = Title = \n\n\n\n\n One. \n\n\n Two. \n'
+    >>> joined_rows('\n\n = Title = \n\n\n\n\n One. \n\n\n Two. \n')
+    '\n\n = Title = \n\n\n\n\n One. \n\n\n Two. \n'
+    """
+    lines = list(io.StringIO(content))  # at line feeds alone, as the hub's rows
+    with_words = [bool(line.strip()) for line in lines]
+    padded = any(line.strip("\n") and not words for line, words in zip(lines, with_words, strict=True))
+    if not padded and not any(first and second for first, second in pairwise(with_words)):
+        return content
+    return "\n\n".join(line if words else "" for line, words in zip(lines, with_words, strict=True))
 
 
 def _from_hub(split: Split) -> str:

@@ -19,7 +19,8 @@ def token_windows(
 ) -> Tensor:
     """The first windows of a text, or with a seed a random choice of them, in the order of the text; or ``"all"`` whole ones.
 
-    The whole text is tokenized at once, without special tokens, and cut every ``window`` tokens.
+    The whole text is tokenized at once and cut every ``window`` tokens. Its first token is the BOS where the tokenizer puts one (as
+    Llama's does) and the text asks for it (`fptquant.data.text.Text`); the windows after the first begin with words.
 
     Shape:
         result: [windows, window], int64
@@ -29,7 +30,7 @@ def token_windows(
     """
     if isinstance(windows, int) and windows < 1:
         raise UserError(f"{windows} windows of the text {text.name} were asked for; ask for at least one")
-    ids: list[int] = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(text.content, add_special_tokens=text.add_bos_token, verbose=False)["input_ids"]
     available = len(ids) // window
     wanted = max(1, available) if windows == "all" else windows
     if available < wanted:

@@ -82,7 +82,7 @@ def evaluate(
     """Measures a model on the first ``windows`` windows of a text, or on all of them, each read on its own.
 
     A window of 1,024 tokens gives 1,023 predictions: its first token has no context and is not scored. Special tokens
-    are not added.
+    are not added, but for the BOS of some tokenizers before the whole text (`fptquant.data.text.Text`).
 
     Args:
         text: a name of `fptquant.data.text.TEXT_SOURCES`, a path to a .txt or .jsonl file, or a `Text`.

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fptquant.data.text import load_text, topics
-from fptquant.data.wikitext import WIKITEXT2_VARIABLE, WikiTextUnavailable
+from fptquant.data.text import Text, load_text, topics
+from fptquant.data.wikitext import WIKITEXT2_VARIABLE, WikiTextUnavailable, joined_rows
 from fptquant.errors import UserError
 
 
@@ -89,6 +89,53 @@ def test_wikitext_from_the_data_set_itself(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv(WIKITEXT2_VARIABLE, str(repository))
     assert load_text("wikitext2", "evaluation").content == "\n\n = test = \n\n\nwords\n"
     assert load_text("wikitext2", "calibration").content == "\n\n = train = \n\n\nwords\n"
+
+
+ORIGINAL = " \n = Robert = \n \n He <unk> of Æ\x85, \u2028 1 @.@ 5 . \n Then he left . \n \n = = Life = = \n \n It ended . \n \n"
+"""Lines as the original files have them: a blank one holds a space, paragraphs follow one another, other separators are text."""
+ROWS = [
+    "", " = Robert = \n", "", " He <unk> of Æ\x85, \u2028 1 @.@ 5 . \n", " Then he left . \n", "",
+    " = = Life = = \n", "", " It ended . \n", "",
+]  # fmt: skip
+"""The same as the hub has it."""
+
+
+@pytest.mark.parametrize("name", ["wiki.{}.raw", "raw-{}.txt"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["unix", "windows"])
+def test_an_original_file_gives_the_text_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, end: str) -> None:
+    monkeypatch.setenv(WIKITEXT2_VARIABLE, str(tmp_path))
+    for split, purpose in (("test", "evaluation"), ("train", "calibration")):
+        file = tmp_path / name.format(split)
+        file.write_bytes(ORIGINAL.replace("\n", end).encode())
+        assert load_text("wikitext2", purpose).content == "\n\n".join(ROWS)  # type: ignore[arg-type]
+        file.write_bytes("\n\n".join(ROWS).replace("\n", end).encode())  # what has been joined before
+        assert load_text("wikitext2", purpose).content == "\n\n".join(ROWS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("\n = T = \n\n One . \n Two . \n", "\n\n = T = \n\n\n\n\n One . \n\n\n Two . \n"),  # blank lines without their space
+        (" \n = T = \n \n One .", "\n\n = T = \n\n\n\n\n One ."),  # no two paragraphs
+        ("one\n\ntwo", "one\n\ntwo"),  # rows without their line breaks
+        ("words\n", "words\n"),
+        ("", ""),
+    ],
+)
+def test_an_original_file_is_known_by_its_lines(content: str, expected: str) -> None:
+    assert joined_rows(content) == expected
+    assert joined_rows(expected) == expected
+
+
+def test_a_text_without_bos(tmp_path: Path) -> None:
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"body": "a"}\n', encoding="utf-8")
+    assert load_text(f"{lines},column=body", "evaluation") == Text("lines.jsonl", "a")
+    for source in (f"{lines},column=body,add_bos_token=false", f"{lines},add_bos_token=false,column=body"):
+        assert load_text(source, "evaluation") == Text("lines.jsonl without BOS", "a", add_bos_token=False)
+    assert load_text("topics,add_bos_token=true", "evaluation") == topics("evaluation")
+    with pytest.raises(UserError, match="add_bos_token is true or false"):
+        load_text("topics,add_bos_token=no", "evaluation")
 
 
 def test_files(tmp_path: Path) -> None:

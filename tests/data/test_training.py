@@ -186,3 +186,8 @@ def test_a_text_without_paragraphs_is_cut_anywhere() -> None:
     data = cut(text, windows=10)
     assert texts(data.held_out)[0] in text.content[-160:]
     assert all(text.content.index(window) % 50 == 0 for window in texts(data.train))
+
+
+def test_a_bos_is_not_asked_for_where_there_is_none() -> None:
+    with pytest.raises(UserError, match="add_bos_token has no effect"):
+        cut("topics,add_bos_token=false")

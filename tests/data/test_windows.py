@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from fptquant.data.text import Text
 from fptquant.data.windows import check_window, token_windows
@@ -36,6 +39,33 @@ def test_all_windows_are_the_whole_ones_of_a_text() -> None:
     assert torch.equal(every, token_windows(tiny_tokenizer(), TEXT, 2, 20))  # 50 tokens
     with pytest.raises(UserError, match=r"1 windows of 60 tokens need 60"):
         token_windows(tiny_tokenizer(), TEXT, "all", 60)
+
+
+def with_bos() -> PreTrainedTokenizerFast:
+    """As Llama's: BOS before every text that is tokenized with special tokens."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = ("<s>", tokenizer.convert_tokens_to_ids("<s>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    return tokenizer
+
+
+def test_a_bos_stands_once_before_the_whole_text() -> None:
+    tokenizer, plain = with_bos(), tiny_tokenizer()
+    windows = token_windows(tokenizer, TEXT, "all", 10)
+    assert len(windows) == 5
+    assert (windows == tokenizer.bos_token_id).nonzero().tolist() == [[0, 0]]
+    assert plain.decode(windows[0, 1:]) == "012345678"
+    assert plain.decode(windows[1]) == "9012345678"
+    without = token_windows(tokenizer, replace(TEXT, add_bos_token=False), "all", 10)
+    assert torch.equal(without, token_windows(plain, TEXT, "all", 10))
+
+
+def test_a_tokenizer_that_puts_no_bos_gives_the_same_windows_either_way() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})  # SmolLM2's has one, too, and does not put it
+    texts = (TEXT, replace(TEXT, add_bos_token=False))
+    assert torch.equal(*(token_windows(tokenizer, text, 3, 10, seed=1) for text in texts))
 
 
 def test_a_short_text_is_refused_with_both_numbers() -> None:
