@@ -44,11 +44,15 @@ napoleon_custom_sections = [(name, "returns_style") for name in ("Shape", "Gradi
 
 def _plain_docstring(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Docstrings are plain text: a star or a bar in a formula is no markup."""
-    in_example = False
+    in_example = in_block = False
     for number, line in enumerate(lines):
         in_example = line.lstrip().startswith(">>>") or (in_example and bool(line.strip()))
-        if not in_example:
-            lines[number] = re.sub(r"(?<!`)([*|_])(?=\S)(?!`)", r"\\\1", line) if "`" not in line else line
+        in_block = in_block and (line.startswith(" ") or not line)  # what is indented after a line that ends in ::
+        if not (in_example or in_block):
+            parts = re.split(r"(``.*?``|`.*?`)", line)  # every second one stands in backticks
+            parts[::2] = [re.sub(r"([*|_])(?=\S)", r"\\\1", part) for part in parts[::2]]
+            lines[number] = "".join(parts)
+        in_block = in_block or line.endswith("::")
 
 
 def setup(app: Any) -> None:

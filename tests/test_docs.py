@@ -307,6 +307,25 @@ def test_no_two_methods_of_a_table_are_the_same(path: Path) -> None:
     assert not alike
 
 
+def recipes(document: Path) -> list[str]:
+    """Every YAML block of a document that is a whole recipe: it has a name."""
+    blocks = [body for language, body in FENCE.findall(document.read_text(encoding="utf-8")) if language == "yaml"]
+    return [body for body in blocks if re.search(r"^name:", body, re.MULTILINE)]
+
+
+WITH_RECIPES = [document for document in DOCUMENTS if recipes(document)]
+
+
+@pytest.mark.parametrize("document", WITH_RECIPES, ids=ids)
+def test_a_recipe_in_a_document_is_its_file_or_a_valid_one_of_its_own(document: Path, tmp_path: Path) -> None:
+    for text in recipes(document):
+        written = tmp_path / "recipe.yaml"
+        written.write_text(text, encoding="utf-8")
+        name = fq.load_config(written).name
+        if (shipped := METHODS / f"{name}.yaml").exists():
+            assert text == shipped.read_text(encoding="utf-8"), f"{name} is quoted as it was once"
+
+
 def test_the_operator_table_matches_the_tree() -> None:
     expected = operator_table()
     text = (ROOT / "csrc" / "README.md").read_text(encoding="utf-8")

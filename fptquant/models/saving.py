@@ -1,12 +1,14 @@
 """Saves a calibrated model and loads it again, in another process, with the same logits.
 
-out/metrics.json, config.yaml, environment.json   what was done, with which settings and versions
-out/merged/                   full-precision weights with the transforms merged (rounded, if GPTQ did): a plain checkpoint
-out/transformed/              instead of merged/ where something is left to do at run time (T_d, T_h, S_n); its config is
-                              called model_config.json so that nothing loads it as a plain model by mistake
-out/quantizers.safetensors    every static scale and zero point
-out/prefix.safetensors        keys and values of the prefix of every block, if there is one
-out/transforms.safetensors    the transforms themselves; what acts online is read from here, the rest is merged already
+What is written::
+
+    out/metrics.json, config.yaml, environment.json   what was done, with which settings and versions
+    out/merged/                   full-precision weights with the transforms merged (rounded, if GPTQ did): a plain checkpoint
+    out/transformed/              instead of merged/ where something is left to do at run time (T_d, T_h, S_n); its config is
+                                  called model_config.json so that nothing loads it as a plain model by mistake
+    out/quantizers.safetensors    every static scale and zero point
+    out/prefix.safetensors        keys and values of the prefix of every block, if there is one
+    out/transforms.safetensors    the transforms themselves; what acts online is read from here, the rest is merged already
 """
 
 from __future__ import annotations

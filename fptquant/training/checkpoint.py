@@ -1,11 +1,13 @@
 """Checkpoints of training: one file, written beside and renamed, from which a run goes on as if it had never stopped.
 
-checkpoint.safetensors: tensors by ``kind/name``
+checkpoint.safetensors holds tensors by ``kind/name``::
+
     parameters/NAME          everything that training changes
     optimizer/NAME/MOMENT    AdamW's moments and step counts
     gradients/NAME           what the step under way has collected so far, if one is under way
     best/NAME                the state with the lowest held-out divergence
     random/torch, random/cuda/N   states of the generators
+
 and in the metadata, as JSON, the rest: numbers of the run, the other generators, what the run belongs to. Reading it runs no
 code, unlike a pickle; moments in other dtypes than float32 keep theirs.
 """
