@@ -1,4 +1,4 @@
-"""Prose about code is tested: paths, links, commands, variables, names, configs, the operator table and the notebook."""
+"""Prose about code is tested: paths, links, commands, variables, names, configs, the operator table and the notebooks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ import fptquant as fq
 from fptquant.cli import app
 from fptquant.config.tables import load_table, table_cells
 from fptquant.reports.table import column_titles
+from tests.notebooks import KEY, NOTEBOOKS, made_from, what_changed
 from tests.operator_table import operator_table
 from tests.tiny_folder import save_tiny_folder
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "csrc").rglob("*.md"), *(ROOT / "docs").rglob("*.md")])
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 METHODS, METHOD_PAGES = ROOT / "configs" / "methods", ROOT / "docs" / "methods"
 
@@ -341,7 +341,7 @@ def test_the_readme_has_room_for_measured_tables_and_they_have_the_columns_of_th
     assert not demo.strip() or head[: head.index("seconds") + 1] == column_titles([])
 
 
-# --------------------------------------------------------------------------------------------------------------- notebook
+# -------------------------------------------------------------------------------------------------------------- notebooks
 
 
 @cache
@@ -358,6 +358,32 @@ def test_the_notebook_is_stored_executed(path: Path) -> None:
     assert not [output for output in outputs if output["output_type"] in ("error", "stream")]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 1
     assert not re.search(r'"[^"\n]*(/home/|/root/|/tmp/)', json.dumps([output for output in outputs if "text" in output]))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
+def test_the_outputs_of_the_notebook_are_of_its_code_and_of_today_s_recipes(path: Path) -> None:
+    changed = what_changed(json.loads(path.read_text(encoding="utf-8")))
+    assert not changed, f"changed since the notebook was run: {changed}; python -m tests.notebooks {path.stem[:2]} runs it again"
+
+
+def test_a_changed_cell_and_a_changed_recipe_make_outputs_old() -> None:
+    def book(code: str, made: dict[str, Any]) -> dict[str, Any]:
+        return {"cells": [{"cell_type": "code", "source": [code]}], "metadata": {KEY: made}}
+
+    code = "config = fq.load_config('fptquant-local')"
+    made = made_from([code])
+    assert what_changed(book(code, made)) == []
+    assert what_changed(book(f"{code}  # another", made)) == ["the code"]
+    assert what_changed({**book(code, made), "metadata": {}}) == ["nothing says what the outputs were made from"]
+
+    recipe = made["recipes"]["fptquant-local"]
+    recipe["quantization"]["activation"]["centered"] = False
+    assert what_changed(book(code, made)) == ["fptquant-local: quantization.activation.centered: False, now True"]
+    del recipe["quantization"]["activation"]["centered"]  # a setting that there was not, which the recipe uses
+    assert what_changed(book(code, made)) == ["fptquant-local: quantization.activation.centered: absent, now True"]
+    recipe["quantization"]["activation"]["centered"] = True
+    del recipe["quantization"]["weight"]["symmetric"]  # one that it leaves at its default
+    assert what_changed(book(code, made)) == []
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any], *, ignored
     >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}, ignored={"d"})
     ['a.c: 2, now 3']
     """
-    old, new = dict(_flat(saved)), dict(_flat(current))
+    old, new = dict(flat(saved)), dict(flat(current))
     keys = [*old, *(key for key in new if key not in old)]
     return [
         f"{key}: {old.get(key, ABSENT)}, now {new.get(key, ABSENT)}"
@@ -24,9 +24,14 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any], *, ignored
     ]
 
 
-def _flat(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def flat(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value with its key, those of mappings within written with dots.
+
+    >>> list(flat({"a": {"b": 1, "c": {}}, "d": (2,)}))
+    [('a.b', 1), ('a.c', {}), ('d', [2])]
+    """
     for key, value in data.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{above}{key}.")
+            yield from flat(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", list(value) if isinstance(value, tuple) else value
