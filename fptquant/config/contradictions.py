@@ -32,6 +32,7 @@ def find_contradictions(config: Config) -> list[Contradiction]:
         *_tokens(config),
         *_training(config),
         *_rounding(config),
+        *_learned_texts(config),
     ]
 
 
@@ -254,6 +255,14 @@ def _rounding(config: Config) -> Iterator[Contradiction]:
             "true takes columns of all groups in turn, and static_groups = false sets the range of a group when its first column "
             "is reached; set one of them otherwise",
         )
+
+
+def _learned_texts(config: Config) -> Iterator[Contradiction]:
+    stages = {key: getattr(config, key) for key in ("rounding", *TRAINING_STAGES)}
+    sources = {"text": config.text, **{f"{key}.text": stage.text for key, stage in stages.items() if stage is not None}}
+    for path, source in sources.items():
+        if "add_bos_token=" in source:
+            yield Contradiction((path,), "add_bos_token has no effect, because windows to learn from never hold one; leave it out")
 
 
 def _training(config: Config) -> Iterator[Contradiction]:

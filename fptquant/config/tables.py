@@ -116,7 +116,7 @@ def model_folder(model: TableModel) -> str:
 def load_table(path_or_name: str | Path, *overrides: str) -> TableConfig:
     """A table's config from a YAML file or a shipped table's short name; errors as in `fptquant.config.load_config`.
 
-    Where overrides leave out methods or settings of the file, their published values are left out, too.
+    Where overrides leave out models, methods or settings of the file, their published values are left out, too.
     """
     if not {"methods", "settings"} & read_recipe(find_config(path_or_name, "tables")).keys():
         raise UserError(f"{path_or_name} is one method; `fptquant run` takes it, `fptquant table` a table of methods and settings")
@@ -127,7 +127,9 @@ def load_table(path_or_name: str | Path, *overrides: str) -> TableConfig:
         whole = load_yaml_config(TableConfig, path_or_name)
     except UserError:  # the overrides give what the file lacks
         return table
+    left_out = {model.name for model in whole.models} - {model.name for model in table.models}
     published = [value for value in table.published if table.runs(value) or value.alone or not whole.runs(value)]
+    published = [value for value in published if value.model not in left_out]
     return table.model_copy(update={"published": published})
 
 

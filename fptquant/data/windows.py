@@ -31,6 +31,8 @@ def token_windows(
     if isinstance(windows, int) and windows < 1:
         raise UserError(f"{windows} windows of the text {text.name} were asked for; ask for at least one")
     ids: list[int] = tokenizer(text.content, add_special_tokens=text.add_bos_token, verbose=False)["input_ids"]
+    if text.add_bos_token and ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()  # some tokenizers also put an end
     available = len(ids) // window
     wanted = max(1, available) if windows == "all" else windows
     if available < wanted:

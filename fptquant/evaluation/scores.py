@@ -32,8 +32,10 @@ def read_scores(file: KeptFile, belongs_to: Mapping[str, Any]) -> list[Score]:
     """The scores of the first windows; none if there is no such file, or that of another model or text."""
     try:
         kept = json.loads(file.path.read_text(encoding="utf-8"))
-        return [Score(**score) for score in kept["scores"]] if kept["belongs_to"] == belongs_to else []
-    except (OSError, ValueError, KeyError, TypeError):
+        names = {part.name for part in fields(Score)}
+        complete = kept["belongs_to"] == belongs_to and all(score.keys() == names for score in kept["scores"])
+        return [Score(**score) for score in kept["scores"]] if complete else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
 

@@ -26,8 +26,8 @@ _MORE = 10.0
 """Factor by which the damping grows while the Hessian is not positive definite."""
 _MOST = 1e3
 """Damping with which every Hessian of finite inputs is."""
-_MULTIPLES = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2)
-"""Of a range, that are tried."""
+_MULTIPLES = (1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
+"""Of a range, that are tried; of equal losses the first one is kept."""
 
 
 @dataclass(frozen=True)

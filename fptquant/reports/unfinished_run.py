@@ -5,6 +5,7 @@ runs/mine.partial/checkpoint*       from where it goes on: of training (`fptquan
                                     (`fptquant.stages.prepared`); folders of rounding (`fptquant.rounding.round_blocks`), of
                                     evaluations (`fptquant.evaluation.scores`), and where a model larger than memory is calibrated
                                     (`fptquant.stages.stream`)
+runs/mine.partial/checkpoint_effort_N.json  what process N has taken (`fptquant.reports.effort`); alone not worth keeping
 runs/mine.partial/metrics.jsonl     what training has seen so far
 runs/mine.partial/range_training/   checkpoint and metrics.jsonl of range training; block_training/ likewise of each block
 and whatever else was written. In the end, the folder without its checkpoints is renamed to runs/mine.

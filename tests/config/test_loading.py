@@ -156,6 +156,7 @@ def test_impossible_bits(bits: int) -> None:
         (["rounding={method: gptq, search_ranges: true, static_groups: false}", "quantization=w4a16-g64"],
          "rounding.search_ranges"),
         (["rounding={method: autoround, windows: 4}"], "rounding.batch"),
+        (["rounding={method: gptq, text: 'wikitext2,add_bos_token=false'}"], "rounding.text"),
         (["transforms={kronecker: {}, down_hadamard: {}}"], "transforms.kronecker"),
         (["transforms={kronecker: {}, out_hadamard: {}}"], "transforms.kronecker"),
         (["transforms={query_key_mixing: {}, query_key_hadamard: {}}"], "transforms.query_key_mixing"),

@@ -61,6 +61,19 @@ def test_a_bos_stands_once_before_the_whole_text() -> None:
     assert torch.equal(without, token_windows(plain, TEXT, "all", 10))
 
 
+def test_an_end_that_a_tokenizer_puts_behind_the_text_is_left_out() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    windows = token_windows(tokenizer, TEXT, "all", 17)  # 52 tokens with both, 51 with the BOS alone
+    assert windows.shape == (3, 17)
+    assert windows[0, 0] == tokenizer.bos_token_id
+    assert not (windows == tokenizer.eos_token_id).any()
+    with pytest.raises(UserError, match="has 51 tokens"):
+        token_windows(tokenizer, TEXT, 4, 17)
+
+
 def test_a_tokenizer_that_puts_no_bos_gives_the_same_windows_either_way() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<s>"})  # SmolLM2's has one, too, and does not put it

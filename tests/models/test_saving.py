@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 
 import fptquant as fq
 from fptquant.stages.calibrate import CalibrationResult
-from fptquant.transforms import ResidualRotation
 from tests.models.tiny import token_ids
 from tests.tiny_folder import save_tiny_folder
 
@@ -70,15 +69,3 @@ def test_a_learned_residual_rotation_comes_back(learned: str, tmp_path: Path) ->
     result = fq.calibrate(model, tokenizer, config, progress=lambda done, total, text: None)
     loaded, _ = fq.load_calibrated(result.save(tmp_path / "out"))
     assert torch.equal(loaded(token_ids()).logits, result.model(token_ids()).logits)
-
-
-def test_a_residual_rotation_of_another_size_does_not_fit() -> None:
-    learned, other = ResidualRotation(8), ResidualRotation(16)
-    learned.set_matrix_(learned.matrix())
-    same = ResidualRotation(8, seed=1)
-    same.load_state_dict(learned.state_dict())
-    assert torch.equal(same.matrix(), learned.matrix())
-    with pytest.raises(RuntimeError, match="size mismatch for dense"):
-        other.load_state_dict(learned.state_dict())
-    with pytest.raises(RuntimeError, match="size mismatch for signs"):
-        other.load_state_dict(ResidualRotation(8).state_dict())

@@ -154,7 +154,7 @@ def test_every_row_takes_the_range_that_leaves_the_least_loss(granularity: Granu
     before = made.scale.clone()
     factor = factorize(h, searching)
     rounded, loss = gptq_round(weight, made, factor, searching)
-    multiples = torch.linspace(0.8, 1.2, 9, dtype=torch.float64)
+    multiples = torch.tensor([1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2], dtype=torch.float64)
     chosen = (made.scale / before).reshape(-1, 1) if before.numel() == 1 else (made.scale / before).reshape(ROWS, -1)
     assert torch.allclose(chosen, chosen[:, :1], rtol=1e-6)
     assert torch.equal(made(rounded), rounded)
@@ -171,7 +171,7 @@ def test_every_row_takes_the_range_that_leaves_the_least_loss(granularity: Granu
         losses = losses.sum(1, keepdim=True)
     assert torch.allclose(chosen[:, 0].double(), multiples[losses.argmin(0)], rtol=1e-6)
     assert loss == pytest.approx(float(losses.min(0).values.sum()), rel=1e-6)
-    assert loss < float(losses[4].sum())
+    assert loss < float(losses[0].sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -485,6 +485,7 @@ def test_published_values_follow_what_overrides_leave_of_the_grid(tmp_path: Path
     assert kept("methods=[rtn]") == ["rtn", "elsewhere"]
     assert kept("settings=[w4a4kv4-dynamic]") == ["rotated", "elsewhere"]
     assert kept("published=[]") == []
+    assert kept("models=[{name: other, model: tiny}]") == []
     with pytest.raises(UserError, match="nowhere is none of the methods"):
         kept("methods=[rtn]", f"published={json.dumps([value | {'method': 'nowhere'}])}")
 
