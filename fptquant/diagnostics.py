@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fptquant.errors import UserError
+from fptquant.processor import cpu_model
 
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "datasets", "pydantic")
 
@@ -75,23 +76,6 @@ def _float32_products() -> str:
         return float32_products()
     except (ImportError, UserError) as error:
         return str(error)
-
-
-def cpu_field(name: str) -> str | None:
-    """What Linux says of the first processor under this name; None where it says nothing."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            field, _, value = line.partition(":")
-            if field.strip() == name:
-                return value.strip()
-    except OSError:
-        pass
-    return None
-
-
-def cpu_model() -> str:
-    """Name of the processor."""
-    return cpu_field("model name") or platform.processor() or platform.machine()
 
 
 def source_commit() -> str | None:

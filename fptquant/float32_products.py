@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fptquant.diagnostics import cpu_field
 from fptquant.errors import UserError
+from fptquant.processor import cpu_field
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
