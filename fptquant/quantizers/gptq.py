@@ -167,7 +167,8 @@ def gptq_round(weight: Tensor, quantizer: Quantizer, factor: Factor, options: GP
         work, group = work[:, factor.order], group[factor.order]
     work, upper = work.contiguous(), factor.upper.to(work.dtype)
     if options.search_ranges:
-        scale *= _best_multiples(work, upper, scale, zero, group, quantizer)
+        _search_ranges_(work, upper, scale, zero, group, quantizer)
+        scale = _by_row(quantizer.static_qparams(work)[0], weight)
     if options.static_groups or scale.shape[1] == 1:
         loss = float(ops.gptq_(work, upper, scale, zero, grid=quantizer.grid, group=group).sum())
     else:
@@ -184,8 +185,8 @@ def _by_row(part: Tensor, weight: Tensor) -> Tensor:
     return part.expand(len(weight))[:, None].contiguous()
 
 
-def _best_multiples(work: Tensor, upper: Tensor, scale: Tensor, zero: Tensor | None, group: Tensor, quantizer: Quantizer) -> Tensor:
-    """By what each row's scales are to be multiplied [rows, 1]; the quantizer's are. One number for all rows if they share a scale.
+def _search_ranges_(work: Tensor, upper: Tensor, scale: Tensor, zero: Tensor | None, group: Tensor, quantizer: Quantizer) -> None:
+    """Multiplies the quantizer's scales by the best multiple of each row, or of all rows if they share a scale.
 
     Zero points stay: a multiple of a range is that of both its ends.
     """
@@ -197,7 +198,6 @@ def _best_multiples(work: Tensor, upper: Tensor, scale: Tensor, zero: Tensor | N
         losses = losses.sum(1, keepdim=True)
     best = losses.new_tensor(_MULTIPLES)[losses.argmin(0)]
     quantizer.scale = quantizer.scale * best.reshape(-1, *[1] * (quantizer.scale.dim() - 1)).to(quantizer.scale.dtype)
-    return best[:, None].to(scale.dtype)
 
 
 def _round_groups_(work: Tensor, upper: Tensor, scale: Tensor, zero: Tensor | None, size: int, quantizer: Quantizer) -> float:
