@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fptquant.config.quantization import CACHE_SITES, HEAD_SITES, SITE_SETS, QuantizationConfig
 from fptquant.config.schema import Config
-from fptquant.config.training import TRAINED_TRANSFORMS, TRAINING_STAGES, OptimizationConfig
+from fptquant.config.training import TRAINED_TRANSFORMS, TRAINING_STAGES, OptimizationConfig, TransformTrainingConfig
 
 
 @dataclass(frozen=True)
@@ -272,13 +272,16 @@ def _training(config: Config) -> Iterator[Contradiction]:
     transforms = {name: getattr(config.transforms, name) is not None for name in TRAINED_TRANSFORMS}
     why = "the config uses no transform and no range"
     if config.trained_blocks is not None:
-        yield from _trained(config.trained_blocks, transforms | ranges, why)
+        yield from _trained(config.trained_blocks, transforms | _learned_ranges(config.trained_blocks, ranges), why)
     if config.training is not None:
-        there = transforms | ranges | {"residual_rotation": config.norm_gains == "fused"}
-        there["weight_range"] = ranges["weight_range"] and config.training.weights == "quantized"
+        there = transforms | _learned_ranges(config.training, ranges) | {"residual_rotation": config.norm_gains == "fused"}
         yield from _trained(config.training, there, why)
     if config.trained_ranges is not None:
         yield from _trained(config.trained_ranges, ranges, "the config uses no range")
+
+
+def _learned_ranges(settings: TransformTrainingConfig, ranges: dict[str, bool]) -> dict[str, bool]:
+    return ranges | {"weight_range": ranges["weight_range"] and settings.weights == "quantized"}
 
 
 def _trained(settings: OptimizationConfig, there: Mapping[str, bool], why_nothing: str) -> Iterator[Contradiction]:

@@ -13,7 +13,13 @@ from pydantic import BeforeValidator, Field
 
 from fptquant.config.quantization import QuantizationConfig, QuantizationSetting
 from fptquant.config.strict import StrictModel
-from fptquant.config.training import BlockTrainingConfig, OptimizationConfig, RangeTrainingConfig, TrainingConfig
+from fptquant.config.training import (
+    BlockTrainingConfig,
+    OptimizationConfig,
+    RangeTrainingConfig,
+    TrainingConfig,
+    TransformTrainingConfig,
+)
 from fptquant.config.transforms import LocalConfig, SmoothingConfig, TransformsConfig
 
 
@@ -111,14 +117,17 @@ class Config(StrictModel):
     def trained(self) -> TrainingConfig | None:
         """End-to-end training, unless nothing is quantized meanwhile: then student and teacher are the same."""
         training = self.training
-        if training is None or training.weights == "quantized" or self.quantization.quantized_sites:
-            return training
-        return None
+        return None if training is None or self._left_alone(training) else training
 
     @property
     def trained_blocks(self) -> BlockTrainingConfig | None:
-        """Block training, unless nothing is quantized."""
-        return self.block_training if self.quantization.has_ranges else None
+        """Block training, unless nothing is quantized, or nothing meanwhile."""
+        blocks = self.block_training
+        return None if blocks is None or self._left_alone(blocks) or not self.quantization.has_ranges else blocks
+
+    def _left_alone(self, stage: TransformTrainingConfig) -> bool:
+        """Whether a stage keeps all that is quantized, weights, in full precision."""
+        return stage.weights == "full_precision" and not self.quantization.quantized_sites
 
     @property
     def outdated_ranges(self) -> bool:

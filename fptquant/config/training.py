@@ -84,7 +84,16 @@ class EndToEndConfig(OptimizationConfig):
     )
 
 
-class BlockTrainingConfig(OptimizationConfig):
+class TransformTrainingConfig(OptimizationConfig):
+    """What the stages have in common that train transforms, too."""
+
+    lr: LearningRates = LearningRates()
+    weights: Literal["quantized", "full_precision"] = Field(
+        default="quantized", description="what the student's linears compute with; ranges of the latter are set after training"
+    )
+
+
+class BlockTrainingConfig(TransformTrainingConfig):
     """Training of transforms and ranges block by block: each learns to give what its full-precision self gives."""
 
     key: ClassVar[str] = "block_training"
@@ -96,23 +105,19 @@ class BlockTrainingConfig(OptimizationConfig):
     objective: Literal["relative_mse", "mse"] = Field(
         default="relative_mse", description="the error of the block's output, of each token in proportion to its own size, or not"
     )
-    lr: LearningRates = LearningRates()
 
     @property
     def wanted_windows(self) -> int:
         return self.windows
 
 
-class TrainingConfig(EndToEndConfig):
+class TrainingConfig(EndToEndConfig, TransformTrainingConfig):
     """End-to-end training of transforms and ranges."""
 
     key: ClassVar[str] = "training"
     title: ClassVar[str] = "end-to-end training"
 
     lr: LearningRates = LearningRates()
-    weights: Literal["quantized", "full_precision"] = Field(
-        default="quantized", description="what the student's linears compute with; ranges of the latter are set after training"
-    )
 
 
 class RangeTrainingConfig(EndToEndConfig):

@@ -16,7 +16,14 @@ from pydantic import BaseModel
 from fptquant.config.labels import AUTO_PREFIX
 from fptquant.config.quantization import CACHE_SITES, QuantizationConfig, RangeConfig
 from fptquant.config.schema import Config
-from fptquant.config.training import TRAINED_TRANSFORMS, TRAINING_STAGES, BlockTrainingConfig, EndToEndConfig, OptimizationConfig
+from fptquant.config.training import (
+    TRAINED_TRANSFORMS,
+    TRAINING_STAGES,
+    BlockTrainingConfig,
+    EndToEndConfig,
+    OptimizationConfig,
+    TransformTrainingConfig,
+)
 
 _RANGE_FIELDS = {
     "min_max": frozenset[str](),
@@ -195,25 +202,30 @@ def _tokens(quantization: QuantizationConfig) -> Iterator[WithoutEffect]:
 
 
 def _training(config: Config) -> Iterator[WithoutEffect]:
-    training = config.training
-    if not config.quantization.has_ranges:
-        message = "nothing is quantized, so nothing is trained; remove it, or set another label"
-        yield from _changed(config, "", ["block_training", "range_training"], message, by_label=True)
     for key in TRAINING_STAGES:
         settings: OptimizationConfig | None = getattr(config, key)
         if settings is not None:
             yield from _trained(config, settings)
-    if training is None:
-        return
-    if config.trained is None:
-        message = "nothing is quantized meanwhile, so training is left out; remove it, or set training.weights=quantized"
-        yield from _changed(training, "training", type(training).model_fields, message, by_label=True)
+    if not config.quantization.has_ranges:
+        message = "nothing is quantized, so nothing is trained; remove it, or set another label"
+        yield from _changed(config, "", ["block_training", "range_training"], message, by_label=True)
+    elif config.block_training is not None:
+        yield from _weights_meanwhile(config, config.block_training, left_out=config.trained_blocks is None)
+    if config.training is not None:
+        yield from _weights_meanwhile(config, config.training, left_out=config.trained is None)
+
+
+def _weights_meanwhile(config: Config, settings: TransformTrainingConfig, *, left_out: bool) -> Iterator[WithoutEffect]:
+    key = settings.key
+    if left_out:
+        message = f"nothing is quantized meanwhile, so {settings.title} is left out; remove it, or set {key}.weights=quantized"
+        yield from _changed(settings, key, type(settings).model_fields, message, by_label=True)
     elif config.quantization.weight.bits == 16:
         message = "weights are in full precision anyway; remove it, or set quantization.weight.bits"
-        yield from _changed(training, "training", ["weights"], message, by_label=True)
-    elif training.weights == "full_precision" and training.lr.weight_range is not None:
-        message = "training.weights = full_precision, whose ranges are set after training; remove one of the two"
-        yield from _changed(training.lr, "training.lr", ["weight_range"], message, by_label=False)
+        yield from _changed(settings, key, ["weights"], message, by_label=True)
+    elif settings.weights == "full_precision" and settings.lr.weight_range is not None:
+        message = f"{key}.weights = full_precision, whose ranges are set after training; remove one of the two"
+        yield from _changed(settings.lr, f"{key}.lr", ["weight_range"], message, by_label=False)
 
 
 def _trained(config: Config, settings: OptimizationConfig) -> Iterator[WithoutEffect]:

@@ -187,6 +187,31 @@ def check_merging(model: Any, transforms: ModelTransforms, plain: PreTrainedMode
     assert (unquantized - exact).abs().max() < 1e-5 * exact.abs().max()  # parameters are float32
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_weights_may_be_in_full_precision_meanwhile(architecture: str) -> None:
+    """Then the errors are those of activations and cache alone, and ranges of weights are those of the trained weights."""
+    model, transforms = attached(architecture)
+    with kept_modes(model):
+        set_modes(model, "off", "weight")
+        before = error(model, HELD_OUT)
+    groups = ["activation_range", "kv_cache_range", "query_key_rotation", "value_mixing", "up_scaling"]
+    settings = BlockTrainingConfig.model_validate(
+        {"steps": 40, "batch": 3, "evaluate_every": 10, "weights": "full_precision", "lr": dict.fromkeys(groups, 0.01)}
+    )
+    report = train_blocks_(model, transforms, settings, DATA, seed=0, belongs_to={})
+    assert report["blocks"][0]["initial"] == pytest.approx(before[0], rel=1e-9)
+    assert "weight_range" not in report["parameters"]
+    found = {name: tensor.clone() for name, tensor in range_tensors(model).items()}
+    set_weight_ranges_(model)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in range_tensors(model).items())
+    assert all(quantizer.mode == "on" for _, quantizer in iter_quantizers(model))
+    with kept_modes(model):
+        set_modes(model, "off", "weight")
+        after = error(model, HELD_OUT)
+    assert all(new < 0.95 * old for new, old in zip(after, before, strict=True))
+    assert [block["best"] for block in report["blocks"]] == pytest.approx(after, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_block_of_a_recipe_comes_closer_and_the_merged_model_does_the_same(name: str) -> None:
     """PrefixQuant learns ranges alone, which begin where the squared error of what they round is least."""
@@ -251,6 +276,7 @@ MORE = (
     "rounding={method: gptq, text: topics, windows: 2, window: 32}",
     "range_training={steps: 2, window: 32, text: topics, held_out_windows: 1, evaluate_every: 1}",
 )
+FULL_PRECISION = "block_training.weights=full_precision"
 DYNAMIC = ("quantization=w4a4kv4-dynamic",)
 
 
@@ -292,7 +318,9 @@ def test_static_ranges_that_do_not_learn_are_set_anew_for_what_the_blocks_have_l
 
 @pytest.mark.filterwarnings("ignore:.*did not lower", "ignore:the held-out divergence")
 @pytest.mark.parametrize(
-    ("recipe", "more"), [("flatquant", DYNAMIC), ("fptquant-local", MORE)], ids=["flatquant", "with-everything"]
+    ("recipe", "more"),
+    [("flatquant", DYNAMIC), ("fptquant-local", MORE), ("fptquant-local", (*MORE[1:], FULL_PRECISION))],
+    ids=["flatquant", "with-everything", "weights-in-full-precision"],
 )
 @pytest.mark.parametrize("seconds", [0.0, 60.0], ids=["kept", "lost"])
 @pytest.mark.parametrize("last", [2, 4], ids=["in-a-block", "after-a-block"])
@@ -322,11 +350,28 @@ def test_a_run_that_is_killed_goes_on_with_the_same_bits(
     assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4]
 
 
+def test_nothing_is_trained_while_nothing_is_quantized() -> None:
+    """With weights in full precision and 16 bits for the rest, a block gives what it is to give."""
+    config = fq.load_config("prefixquant", FULL_PRECISION, "block_training.lr.weight_range=null").model_copy()
+    weights_alone = config.model_copy(update={"quantization": fq.load_config("rtn", "quantization=w4a16").quantization})
+    assert config.trained_blocks is not None
+    assert weights_alone.trained_blocks is None
+    assert not weights_alone.attaches
+
+
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(fq.UserError, match=r"block_training\.lr\.residual_rotation: has no effect: T_r belongs to all blocks"):
         fq.load_config("fptquant-local", "block_training.lr.residual_rotation=0.1")
     with pytest.raises(fq.UserError, match=r"block_training\.lr\.up_scaling: has no effect: transforms\.up_scaling is not used"):
         fq.load_config("rtn", "block_training.lr.up_scaling=0.1")
+    with pytest.raises(
+        fq.UserError, match=r"block_training\.lr\.weight_range: has no effect: block_training\.weights = full_precision"
+    ):
+        fq.load_config("fptquant-local", FULL_PRECISION, "block_training.lr.weight_range=0.1")
+    with pytest.raises(
+        fq.UserError, match=r"block_training\.steps: has no effect: nothing is quantized meanwhile, so block training"
+    ):
+        fq.load_config("fptquant-local", "quantization=w4a16", FULL_PRECISION, "block_training.steps=3")
     with pytest.raises(fq.UserError, match=r"block_training: has no effect: nothing is quantized"):
         fq.load_config("rtn", "quantization=w16a16", "block_training={}")
     with pytest.raises(fq.UserError, match=r"block_training\.window"):
