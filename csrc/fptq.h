@@ -390,6 +390,23 @@ struct fptq_gptq {
 };
 FPTQ_EXPORT fptq_status fptq_gptq(const struct fptq_gptq *args);
 
+/* ---- coordinate_descent: weights on a grid, improved one column after the other ----------------------------------- */
+
+struct fptq_coordinate_descent {
+    void *quantized;        /* [rows, columns] f32 or f64, on the grid: changed */
+    double *loss;           /* [rows]: (weight - quantized) H (weight - quantized)^T at the end */
+    const void *weight;     /* [rows, columns] like quantized */
+    const void *hessian;    /* [columns, columns] like quantized: symmetric */
+    const void *scale;      /* [rows, groups] like quantized */
+    const void *zero_point; /* [rows, groups] like quantized, or NULL for 0 */
+    const int64_t *group;   /* [columns]: which scale of its row a column has, or NULL: the first */
+    int64_t rows, columns, groups, sweeps;
+    fptq_grid grid;
+    int32_t dtype;
+    bool *out_of_memory; /* set by the operator: becomes true where scratch memory was missing */
+};
+FPTQ_EXPORT fptq_status fptq_coordinate_descent(const struct fptq_coordinate_descent *args);
+
 /* ---- pack_int4: two columns per byte, the even one in the low nibble ---------------------------------------------- */
 
 struct fptq_pack_int4 {

@@ -32,6 +32,7 @@
     X(divergence_backward)      \
     X(cross_entropy)            \
     X(gptq)                     \
+    X(coordinate_descent)       \
     X(pack_int4)                \
     X(unpack_int4)
 

@@ -161,6 +161,7 @@ void *data_of(tensor_handle tensor);
     X(cross_entropy)                       \
     X(cross_entropy_)                      \
     X(gptq_)                               \
+    X(coordinate_descent_)                 \
     X(pack_int4)                           \
     X(unpack_int4)
 #define DECLARE(name) void boxed_##name(stable_value *stack, uint64_t num_args, uint64_t num_returns);

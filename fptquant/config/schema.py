@@ -43,6 +43,8 @@ class RoundingConfig(StrictModel):
     static_groups: bool = Field(default=True, description="keep the group ranges that were set before rounding (gptq)")
     clip: bool = Field(default=False, description="narrow ranges so that the layers' outputs stay closest (nearest, gptq)")
     search_ranges: bool = Field(default=False, description="choose each row's range by the loss that rounding leaves (gptq)")
+    candidates: int = Field(default=33, ge=2, description="multiples from 0.8 to 1.2 that search_ranges tries (gptq)")
+    descent_sweeps: int = Field(default=0, ge=0, description="passes that improve rounded weights one column at a time (gptq)")
     token_weights: Literal["equal", "fisher"] = Field(
         default="equal", description="fisher: tokens count by the gradients at their outputs (clip, gptq)"
     )

@@ -37,7 +37,8 @@ _CLIP_FIELDS = frozenset({"token_weights", "text", "windows", "window"})
 _ROUNDING_FIELDS = {
     "nearest": frozenset({"clip"}),
     "gptq": frozenset(
-        {"clip", "search_ranges", "token_weights", "act_order", "damping", "static_groups", "text", "windows", "window"}
+        {"clip", "search_ranges", "candidates", "descent_sweeps", "token_weights", "act_order", "damping", "static_groups"}
+        | {"text", "windows", "window"}
     ),
     "autoround": frozenset({"iterations", "batch", "lr", "learn_clipping", "text", "windows", "window"}),
 }
@@ -256,6 +257,9 @@ def _rounding(config: Config) -> Iterator[WithoutEffect]:
             yield from _changed(rounding, "rounding", [name], message, by_label=False)
     if not rounding.clip and rounding.method == "nearest":
         return
+    if rounding.method == "gptq" and not rounding.search_ranges:
+        message = "no range is searched for; set rounding.search_ranges=true or remove it"
+        yield from _changed(rounding, "rounding", ["candidates"], message, by_label=False)
     if weight.bits == 16:
         message = "weights are in full precision; set quantization.weight.bits or remove it"
         read = ("method", *_ROUNDING_FIELDS[rounding.method])

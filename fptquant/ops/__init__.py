@@ -2,6 +2,7 @@
 
 from fptquant._core import register_torch
 from fptquant.ops.choose_qparams import choose_qparams
+from fptquant.ops.coordinate_descent import coordinate_descent_
 from fptquant.ops.cross_entropy import cross_entropy
 from fptquant.ops.divergence import divergence
 from fptquant.ops.fake_quant import fake_quant
@@ -27,6 +28,7 @@ register_torch()
 
 __all__ = [
     "choose_qparams",
+    "coordinate_descent_",
     "cross_entropy",
     "divergence",
     "fake_quant",

@@ -3,7 +3,7 @@
 Columns are rounded one after the other; those that follow make up for each error so that the layer's outputs on the
 calibration inputs change as little as possible, (w - q) H (w - q)^T for every row w, with H the sum of x x^T over the inputs.
 
-Source: Frantar et al., GPTQ, arXiv 2210.17323.
+Sources: Frantar et al., GPTQ, arXiv 2210.17323; the descent that may follow, Nair and Suggala, CDQuant, arXiv 2406.17542.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _MORE = 10.0
 """Factor by which the damping grows while the Hessian is not positive definite."""
 _MOST = 1e3
 """Damping with which every Hessian of finite inputs is."""
-_MULTIPLES = (1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
-"""Of a range, that are tried; of equal losses the first one is kept."""
+_LOWEST, _HIGHEST = 0.8, 1.2
+"""Multiples of a range between which a search looks."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,17 @@ class GPTQOptions:
     """Ranges are narrowed first, so that rounding to nearest leaves the outputs closest (`fptquant.quantizers.clip_range`)."""
 
     search_ranges: bool = False
-    """Every row takes the multiple of its range, of nine, that leaves the least loss when its columns are rounded."""
+    """Every row takes the multiple of its range, from 0.8 to 1.2, that leaves the least loss when its columns are rounded."""
+    candidates: int = 33
+    """Multiples that are tried, at equal distances; the range itself is, too."""
+    descent_sweeps: int = 0
+    """Passes over the columns after that, in which each goes where all others want it (`fptquant.ops.coordinate_descent_`)."""
 
     def __post_init__(self) -> None:
+        if self.descent_sweeps < 0:
+            raise UserError(f"descent_sweeps = {self.descent_sweeps} is negative; choose 0 for none")
+        if self.candidates < 2:
+            raise UserError(f"candidates = {self.candidates}: a search needs at least 2")
         if self.damping <= 0:
             raise UserError(
                 f"damping = {self.damping}: the Hessian of few inputs has no inverse without it; choose a positive share"
@@ -111,6 +119,19 @@ class Factor:
     """Which column comes first, second, ..., [columns] int64; None for the order of the weight."""
     damping: float
     """The share that was needed: more than asked for where H was not positive definite."""
+    hessian: Tensor
+    """H [columns, columns] float64, neither damped nor in ``order``."""
+
+    def damped(self) -> Tensor:
+        """The H that U belongs to, its columns in ``order``: a copy."""
+        order = torch.arange(len(self.hessian), device=self.hessian.device) if self.order is None else self.order
+        damped = self.hessian[order[:, None], order]
+        damped.diagonal().add_(self.damping * _mean_diagonal(self.hessian))
+        return damped
+
+
+def _mean_diagonal(hessian: Tensor) -> float:
+    return float(hessian.diagonal().mean()) or 1.0  # all inputs are 0: then every rounding is as good
 
 
 def factorize(hessian: Tensor, options: GPTQOptions, name: str = "weight") -> Factor:
@@ -129,7 +150,7 @@ def factorize(hessian: Tensor, options: GPTQOptions, name: str = "weight") -> Fa
         raise UserError(f"the inputs of {name} hold NaN or infinity: its Hessian is not finite; check the layers before it")
     order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else None
     backwards = (torch.arange(columns, device=hessian.device) if order is None else order).flip(0)
-    mean = float(diagonal.mean()) or 1.0  # all inputs are 0: then every rounding is as good
+    mean = _mean_diagonal(hessian)
     damping = options.damping
     while True:
         damped = hessian[backwards[:, None], backwards]
@@ -143,7 +164,7 @@ def factorize(hessian: Tensor, options: GPTQOptions, name: str = "weight") -> Fa
         damping *= _MORE
     inverse = torch.linalg.solve_triangular(lower, torch.eye(columns, dtype=lower.dtype, device=lower.device), upper=False)
     del lower
-    return Factor(inverse.flip((0, 1)), order, damping)
+    return Factor(inverse.flip((0, 1)), order, damping, hessian)
 
 
 @torch.no_grad()
@@ -166,13 +187,20 @@ def gptq_round(weight: Tensor, quantizer: Quantizer, factor: Factor, options: GP
     if factor.order is not None:
         work, group = work[:, factor.order], group[factor.order]
     work, upper = work.contiguous(), factor.upper.to(work.dtype)
+    unrounded = work.clone() if options.descent_sweeps else work
     if options.search_ranges:
-        _search_ranges_(work, upper, scale, zero, group, quantizer)
+        _search_ranges_(work, upper, scale, zero, group, quantizer, options.candidates)
         scale = _by_row(quantizer.static_qparams(work)[0], weight)
     if options.static_groups or scale.shape[1] == 1:
         loss = float(ops.gptq_(work, upper, scale, zero, grid=quantizer.grid, group=group).sum())
     else:
         loss = _round_groups_(work, upper, scale, zero, size, quantizer)
+    if options.descent_sweeps:
+        hessian, grid = factor.damped().to(work.dtype), quantizer.grid
+        losses = ops.coordinate_descent_(
+            work, unrounded, hessian, scale, zero, grid=grid, group=group, sweeps=options.descent_sweeps
+        )
+        loss = float(losses.sum())
     if factor.order is not None:
         work[:, factor.order] = work.clone()
     return work.to(weight.dtype), loss
@@ -185,18 +213,22 @@ def _by_row(part: Tensor, weight: Tensor) -> Tensor:
     return part.expand(len(weight))[:, None].contiguous()
 
 
-def _search_ranges_(work: Tensor, upper: Tensor, scale: Tensor, zero: Tensor | None, group: Tensor, quantizer: Quantizer) -> None:
+def _search_ranges_(
+    work: Tensor, upper: Tensor, scale: Tensor, zero: Tensor | None, group: Tensor, quantizer: Quantizer, candidates: int
+) -> None:
     """Multiplies the quantizer's scales by the best multiple of each row, or of all rows if they share a scale.
 
-    Zero points stay: a multiple of a range is that of both its ends.
+    Zero points stay: a multiple of a range is that of both its ends. Of equal losses the range itself is kept, or the lower one.
     """
+    tried = (_LOWEST + (_HIGHEST - _LOWEST) * index / (candidates - 1) for index in range(candidates))
+    multiples = [1.0, *(multiple for multiple in tried if abs(multiple - 1) > 1e-9)]
     losses = torch.stack(
-        [ops.gptq_(work.clone(), upper, scale * multiple, zero, grid=quantizer.grid, group=group) for multiple in _MULTIPLES]
+        [ops.gptq_(work.clone(), upper, scale * multiple, zero, grid=quantizer.grid, group=group) for multiple in multiples]
     )
     assert quantizer.scale is not None
     if quantizer.scale.numel() == 1:
         losses = losses.sum(1, keepdim=True)
-    best = losses.new_tensor(_MULTIPLES)[losses.argmin(0)]
+    best = losses.new_tensor(multiples)[losses.argmin(0)]
     quantizer.scale = quantizer.scale * best.reshape(-1, *[1] * (quantizer.scale.dim() - 1)).to(quantizer.scale.dtype)
 
 

@@ -147,6 +147,8 @@ def _gptq_(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any
         static_groups=settings.static_groups,
         clip=settings.clip,
         search_ranges=settings.search_ranges,
+        candidates=settings.candidates,
+        descent_sweeps=settings.descent_sweeps,
     )
     token_weights, seconds = _token_weights(model, windows, config, **pass_)
     found = round_gptq_(model, windows, options, token_weights=token_weights, **pass_)

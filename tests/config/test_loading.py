@@ -212,6 +212,8 @@ WITHOUT_EFFECT = [
     ("rounding.method", ["quantization=w16a8", "rounding.method=gptq"]),
     ("rounding.static_groups", ["rounding={method: gptq, static_groups: false}"]),
     ("rounding.search_ranges", ["rounding={method: nearest, search_ranges: true}"]),
+    ("rounding.candidates", ["rounding={method: gptq, candidates: 9}"]),
+    ("rounding.descent_sweeps", ["rounding={method: autoround, descent_sweeps: 4}"]),
     ("rounding.iterations", ["rounding={method: gptq, iterations: 20}"]),
     ("rounding.learn_clipping", ["rounding.learn_clipping=false"]),
     ("rounding.damping", ["rounding={method: autoround, damping: 0.1}"]),

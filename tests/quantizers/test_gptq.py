@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -81,6 +83,7 @@ def test_the_factor_is_that_of_the_inverse(act_order: bool) -> None:
     assert factor.damping == 0.02
     inverse = torch.linalg.inv(damped(h, 0.02))[order][:, order]
     assert torch.allclose(factor.upper.T @ factor.upper, inverse, rtol=1e-9, atol=0)
+    torch.testing.assert_close(factor.damped(), damped(h, 0.02)[order][:, order])
     if act_order:
         assert (h.diagonal()[order].diff() <= 0).all()
 
@@ -147,14 +150,14 @@ def test_groups_get_their_ranges_when_they_are_reached(symmetric: bool) -> None:
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerGroup(8)], ids=str)
 def test_every_row_takes_the_range_that_leaves_the_least_loss(granularity: Granularity, act_order: bool, symmetric: bool) -> None:
     """As if the row, or the weight whose rows share a range, had been rounded with each multiple by itself."""
-    plain, searching = GPTQOptions(act_order=act_order), GPTQOptions(act_order=act_order, search_ranges=True)
+    plain, searching = GPTQOptions(act_order=act_order), GPTQOptions(act_order=act_order, search_ranges=True, candidates=8)
     h, weight = hessian(), random(ROWS, COLUMNS)
     made = quantizer(weight, granularity, symmetric=symmetric)
     assert made.scale is not None
     before = made.scale.clone()
     factor = factorize(h, searching)
     rounded, loss = gptq_round(weight, made, factor, searching)
-    multiples = torch.tensor([1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2], dtype=torch.float64)
+    multiples = torch.cat([torch.ones(1, dtype=torch.float64), torch.linspace(0.8, 1.2, 8, dtype=torch.float64)])
     chosen = (made.scale / before).reshape(-1, 1) if before.numel() == 1 else (made.scale / before).reshape(ROWS, -1)
     assert torch.allclose(chosen, chosen[:, :1], rtol=1e-6)
     assert torch.equal(made(rounded), rounded)
@@ -172,6 +175,32 @@ def test_every_row_takes_the_range_that_leaves_the_least_loss(granularity: Granu
     assert torch.allclose(chosen[:, 0].double(), multiples[losses.argmin(0)], rtol=1e-6)
     assert loss == pytest.approx(float(losses.min(0).values.sum()), rel=1e-6)
     assert loss < float(losses[0].sum())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"static_groups": False}, {"search_ranges": True}], ids=str)
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerGroup(8)], ids=str)
+def test_a_descent_ends_where_no_entry_can_do_better(granularity: Granularity, options: dict[str, bool], symmetric: bool) -> None:
+    """It starts from GPTQ's result, keeps the ranges, and the loss that is returned is that of what it ends with."""
+    plain, descending = GPTQOptions(**options), GPTQOptions(**options, descent_sweeps=100)
+    h, weight = hessian(), random(ROWS, COLUMNS)
+    other, made = (quantizer(weight, granularity, symmetric=symmetric) for _ in range(2))
+    factor = factorize(h, plain)
+    _, before = gptq_round(weight, other, factor, plain)
+    rounded, loss = gptq_round(weight, made, factor, descending)
+    assert other.scale is not None
+    assert made.scale is not None
+    assert torch.equal(made.scale, other.scale)
+    assert torch.equal(made(rounded), rounded)
+    assert loss <= before * (1 + 1e-12)
+    assert loss == pytest.approx(error(weight, rounded, damped(h, 0.01)), rel=1e-9)
+    step = of_each_entry(made.scale)
+    for column, by in itertools.product(range(COLUMNS), (-1, 1)):
+        moved = rounded.clone()
+        moved[:, column] += by * step[:, column]
+        moved = made(moved)  # within the grid
+        for row in range(ROWS):
+            assert error(weight[row], moved[row], damped(h, 0.01)) >= error(weight[row], rounded[row], damped(h, 0.01)) - 1e-9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -199,6 +228,10 @@ def test_errors() -> None:
         GPTQOptions(act_order=True, static_groups=False)
     with pytest.raises(UserError, match="search_ranges = true changes"):
         GPTQOptions(search_ranges=True, static_groups=False)
+    with pytest.raises(UserError, match="descent_sweeps = -1 is negative"):
+        GPTQOptions(descent_sweeps=-1)
+    with pytest.raises(UserError, match="candidates = 1: a search needs at least 2"):
+        GPTQOptions(candidates=1)
     without = Quantizer(IntegerGrid(4), PerChannel(0), name="w")
     with pytest.raises(UserError, match="no range has been set"):
-        gptq_round(torch.ones(2, 2), without, Factor(torch.eye(2), None, 0.1), IN_ORDER)
+        gptq_round(torch.ones(2, 2), without, Factor(torch.eye(2), None, 0.1, torch.eye(2)), IN_ORDER)
