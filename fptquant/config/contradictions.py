@@ -272,12 +272,32 @@ def _training(config: Config) -> Iterator[Contradiction]:
     transforms = {name: getattr(config.transforms, name) is not None for name in TRAINED_TRANSFORMS}
     why = "the config uses no transform and no range"
     if config.trained_blocks is not None:
-        yield from _trained(config.trained_blocks, transforms | _learned_ranges(config.trained_blocks, ranges), why)
+        there = transforms | _learned_ranges(config.trained_blocks, ranges) | {"weight": True}
+        yield from _trained(config.trained_blocks, there, why)
+        yield from _trained_weights(config)
     if config.training is not None:
         there = transforms | _learned_ranges(config.training, ranges) | {"residual_rotation": config.norm_gains == "fused"}
         yield from _trained(config.training, there, why)
     if config.trained_ranges is not None:
         yield from _trained(config.trained_ranges, ranges, "the config uses no range")
+
+
+def _trained_weights(config: Config) -> Iterator[Contradiction]:
+    assert config.block_training is not None
+    path = "block_training.lr.weight"
+    if config.block_training.lr.weight is None:
+        return
+    if config.dtype not in ("float32", "float64"):
+        yield Contradiction(
+            (path, "dtype"), f"steps of such a size are lost in {config.dtype} weights; set dtype=float32 or remove {path}"
+        )
+    for key in ("training", "range_training"):
+        if getattr(config, key) is not None:
+            yield Contradiction(
+                (path, key),
+                f"the teacher of {key} is the model without quantizers, which is no longer the one to match once weights have been "
+                f"trained; set {key}=null or remove {path}",
+            )
 
 
 def _learned_ranges(settings: TransformTrainingConfig, ranges: dict[str, bool]) -> dict[str, bool]:

@@ -140,6 +140,13 @@ class Config(StrictModel):
         return bool(quantized.quantized_sites) and not (quantized.activation.dynamic and quantized.kv_cache.dynamic)
 
     @property
+    def outdated_weight_ranges(self) -> bool:
+        """Whether block training leaves weights in full precision; unless training does, too, after which ranges are set anyway."""
+        blocks, training = self.trained_blocks, self.trained
+        after = None if training is None else training.weights
+        return blocks is not None and blocks.weights == "full_precision" and after != "full_precision"
+
+    @property
     def trained_ranges(self) -> RangeTrainingConfig | None:
         """Range training, unless nothing is quantized."""
         return self.range_training if self.quantization.has_ranges else None

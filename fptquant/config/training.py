@@ -33,6 +33,12 @@ class LearningRates(RangeLearningRates):
     residual_rotation: float | None = Field(default=None, gt=0)
 
 
+class BlockLearningRates(LearningRates):
+    """Those of block training, which may change the weights, too: what it leaves is another model than the one it began with."""
+
+    weight: float | None = Field(default=None, gt=0)
+
+
 TRAINED_TRANSFORMS = tuple(sorted(LearningRates.model_fields.keys() & TransformsConfig.model_fields.keys() - {"residual_rotation"}))
 """Transforms of a block that can be trained, by their names in ``transforms`` and in ``lr``."""
 
@@ -105,19 +111,18 @@ class BlockTrainingConfig(TransformTrainingConfig):
     objective: Literal["relative_mse", "mse"] = Field(
         default="relative_mse", description="the error of the block's output, of each token in proportion to its own size, or not"
     )
+    lr: BlockLearningRates = BlockLearningRates()
 
     @property
     def wanted_windows(self) -> int:
         return self.windows
 
 
-class TrainingConfig(EndToEndConfig, TransformTrainingConfig):
+class TrainingConfig(TransformTrainingConfig, EndToEndConfig):
     """End-to-end training of transforms and ranges."""
 
     key: ClassVar[str] = "training"
     title: ClassVar[str] = "end-to-end training"
-
-    lr: LearningRates = LearningRates()
 
 
 class RangeTrainingConfig(EndToEndConfig):

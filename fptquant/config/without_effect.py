@@ -257,16 +257,17 @@ def _rounding(config: Config) -> Iterator[WithoutEffect]:
             yield from _changed(rounding, "rounding", [name], message, by_label=False)
     if not rounding.clip and rounding.method == "nearest":
         return
-    if rounding.method == "gptq" and not rounding.search_ranges:
-        message = "no range is searched for; set rounding.search_ranges=true or remove it"
-        yield from _changed(rounding, "rounding", ["candidates"], message, by_label=False)
     if weight.bits == 16:
         message = "weights are in full precision; set quantization.weight.bits or remove it"
         read = ("method", *_ROUNDING_FIELDS[rounding.method])
         yield from _changed(rounding, "rounding", read, message, by_label=True)
-    elif rounding.method == "gptq" and weight.granularity != "per_group":
+        return
+    if rounding.method == "gptq" and weight.granularity != "per_group":
         message = f"weights have no groups but {weight.granularity} ranges; set quantization.weight.group_size or remove it"
         yield from _changed(rounding, "rounding", ["static_groups"], message, by_label=True)
+    if rounding.method == "gptq" and not rounding.search_ranges:
+        message = "no range is searched for; set rounding.search_ranges=true or remove it"
+        yield from _changed(rounding, "rounding", ["candidates"], message, by_label=False)
 
 
 def _text(config: Config) -> Iterator[WithoutEffect]:

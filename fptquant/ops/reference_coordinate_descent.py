@@ -19,6 +19,8 @@ def coordinate_descent_(
     qmax: int,
 ) -> Tensor:
     """Moves every column of ``quantized`` in place, one after the other; returns the loss of each row, float64."""
+    groups = group.tolist() if group.numel() else [0] * len(hessian)
+    zeros = zero_point.round() if zero_point.numel() else torch.zeros_like(scale)
     error = weight - quantized
     slope = torch.zeros_like(error)  # -E H
     for column, row in enumerate(hessian):
@@ -26,9 +28,7 @@ def coordinate_descent_(
     for _ in range(sweeps):
         before = quantized.clone()
         for column, row in enumerate(hessian):
-            which = int(group[column]) if group.numel() else 0
-            step = scale[:, which]
-            zero = zero_point[:, which].round() if zero_point.numel() else torch.zeros_like(step)
+            step, zero = scale[:, groups[column]], zeros[:, groups[column]]
             lowest = quantized[:, column] - slope[:, column] / row[column]
             nearest = (((lowest / step).round() + zero).clamp(qmin, qmax) - zero) * step
             move = nearest - quantized[:, column]

@@ -19,11 +19,11 @@ def gptq_(
     qmax: int,
 ) -> Tensor:
     """Quantizes columns [begin, end) of ``weight`` in place, one after the other; returns the loss of each row, float64."""
+    groups = group.tolist() if group.numel() else [0] * weight.shape[1]
+    zeros = zero_point.round() if zero_point.numel() else torch.zeros_like(scale)
     loss = weight.new_zeros(weight.shape[0], dtype=torch.float64)
     for column in range(begin, end):
-        which = int(group[column]) if group.numel() else 0
-        step = scale[:, which]
-        zero = zero_point[:, which].round() if zero_point.numel() else torch.zeros_like(step)
+        step, zero = scale[:, groups[column]], zeros[:, groups[column]]
         value = weight[:, column].clone()
         quantized = (((value / step).round() + zero).clamp(qmin, qmax) - zero) * step
         error = (value - quantized) / factor[column, column]

@@ -386,9 +386,12 @@ def _finish_(
         )
         if training is None:
             merge_attached_(model, transforms)
-            if config.outdated_ranges:
-                with stage("activation ranges, anew"):
-                    set_activation_ranges_(model, texts.windows, progress=progress)
+        if config.outdated_weight_ranges:
+            with stage("weight ranges, anew"):
+                set_weight_ranges_(model, progress=progress)
+        if training is None and config.outdated_ranges:
+            with stage("activation ranges, anew"):
+                set_activation_ranges_(model, texts.windows, progress=progress)
     if training is not None:
         report["training"] = stage.lasting(
             "end-to-end training", lambda: train_(model, transforms, config, training, weights=weights, **kept)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fptquant.config.training import BlockTrainingConfig
+from fptquant.models.adapter import LINEAR_NAMES, view_model
+from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.models.streaming import PartialDecoder, PartState
 from fptquant.training.student import Student
 from fptquant.transforms import ModelTransforms
@@ -32,7 +34,8 @@ class BlockData:
 
 
 class BlockStudent(Student):
-    """Trains the transforms of one block, which are attached, and the ranges of its quantizers, the only ones that are in place.
+    """Trains the transforms of one block, which are attached, and the ranges of its quantizers, the only ones that are in place;
+    with ``lr.weight`` the weights of its linears as well, through rounding as if it were not there.
 
     It is called with the numbers of windows in place of their tokens. `finish_` leaves the transforms attached.
 
@@ -46,6 +49,20 @@ class BlockStudent(Student):
     ) -> None:
         super().__init__(model, settings, transforms, [block])
         self._block, self._data = block, data
+        self.weights = nn.ParameterDict()
+        if settings.lr.weight is not None:
+            self._collect_weights()
+
+    def _collect_weights(self) -> None:
+        block = view_model(self.model).blocks[self._block]
+        for name in LINEAR_NAMES:
+            linear = block.linear(name)
+            assert isinstance(linear, QuantizedLinear)
+            weight = linear.weight
+            assert isinstance(weight, nn.Parameter)
+            weight.requires_grad_(True)
+            self.weights[name] = weight
+            self._groups.setdefault("weight", []).append((f"layers_{self._block}.{name}.weight", weight))
 
     def forward(self, numbers: Tensor) -> Tensor:
         """The mean error of a token, with gradients for everything trained."""
@@ -81,5 +98,5 @@ class BlockStudent(Student):
     @torch.no_grad()
     def finish_(self) -> None:
         super().finish_()
-        for transform in self.trained.children():
-            transform.requires_grad_(False)
+        for part in (*self.trained.children(), self.weights):
+            part.requires_grad_(False)

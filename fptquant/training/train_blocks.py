@@ -27,7 +27,6 @@ from fptquant.models.instrument import get_context, quantizers_off, set_modes
 from fptquant.models.streaming import PartialDecoder, PartState
 from fptquant.stages.distributed import is_main, on_main
 from fptquant.stages.progress import Progress, quiet, tell
-from fptquant.stages.set_ranges import set_weight_ranges_
 from fptquant.training.block_student import BlockData, BlockStudent
 from fptquant.training.parallel import over_processes
 from fptquant.training.report import TrainingReport
@@ -191,7 +190,7 @@ def train_blocks_(
     """Trains transforms and ranges block by block; the transforms stay attached. Returns the report.
 
     The model is instrumented, its ranges are set and on, its transforms attached. Where weights are in full precision meanwhile,
-    their ranges are set at the end.
+    their quantizers stay off, and their ranges are of no use any more.
 
     Args:
         belongs_to: what the result depends on besides settings, seed and texts; plain values.
@@ -202,13 +201,10 @@ def train_blocks_(
         UserError: if a block gives NaN or infinity, or as `fptquant.training.train_end_to_end.train_end_to_end_`.
     """
     start = time.perf_counter()
-    full_precision = settings.weights == "full_precision"
-    if full_precision:
+    if settings.weights == "full_precision":
         set_modes(model, "off", "weight")
     trainer = _BlockTrainer(model, transforms, settings, data, seed, belongs_to, folder, resume, progress)
     reports = trainer.run()
-    if full_precision:
-        set_weight_ranges_(model, progress=progress)
     blocks = [
         {"initial": report.initial, "best": report.best, "best_step": report.best_step, "seconds": report.seconds}
         for report in reports

@@ -10,9 +10,15 @@ static double number(int64_t i)
     return (double)(i * 7919 % 1009) / 504.5 - 1;
 }
 
-/* One row at a time, with scratch memory for its error and for -E H. */
-static void plain(float *quantized, const float *weight, const float *hessian, float scale, int64_t columns, int sweeps,
-                  float *scratch)
+/* The value of the grid with this scale and zero point that is nearest. */
+static float nearest(float value, float scale, float zero)
+{
+    return (fminf(fmaxf(rintf(value / scale) + zero, -8), 7) - zero) * scale;
+}
+
+/* One row at a time, with two groups of columns, and scratch memory for its error and for -E H; returns the loss. */
+static double plain(float *quantized, const float *weight, const float *hessian, const float scale[2], const float zero[2],
+                    int64_t columns, int sweeps, float *scratch)
 {
     float *error = scratch, *slope = scratch + columns;
     for (int64_t k = 0; k < columns; k++) {
@@ -28,60 +34,74 @@ static void plain(float *quantized, const float *weight, const float *hessian, f
     for (int64_t i = 0; i < sweeps * columns; i++) {
         const int64_t j = i % columns;
         const float lowest = quantized[j] - slope[j] / hessian[j * columns + j];
-        const float q = fminf(fmaxf(rintf(lowest / scale) + 0.0f, -8), 7) * scale, move = q - quantized[j];
+        const float q = nearest(lowest, scale[j % 2], rintf(zero[j % 2])), move = q - quantized[j];
         quantized[j] = q;
         for (int64_t k = 0; k < columns; k++) {
             const float change = move * hessian[j * columns + k];
             slope[k] += change;
         }
     }
+    double loss = 0;
+    for (int64_t k = 0; k < columns; k++) {
+        loss -= (double)(weight[k] - quantized[k]) * (double)slope[k];
+    }
+    return loss;
 }
 
 static void test_size(int64_t rows, int64_t columns)
 {
-    const size_t size = (size_t)(rows * columns) * sizeof(float);
+    const size_t size = (size_t)(rows * columns) * sizeof(float), of_rows = (size_t)rows * 2 * sizeof(float);
     float *weight = malloc(size + 4), *quantized = malloc(size + 4), *expected = malloc(size + 4);
-    float *scale = malloc((size_t)rows * sizeof(float) + 4), *scratch = malloc((size_t)columns * 2 * sizeof(float) + 4);
+    float *scale = malloc(of_rows + 4), *zero = malloc(of_rows + 4), *scratch = malloc((size_t)columns * 2 * sizeof(float) + 4);
     float *hessian = malloc((size_t)(columns * columns) * sizeof(float) + 4);
+    int64_t *group = malloc((size_t)columns * sizeof(int64_t) + 8);
     double *loss = malloc((size_t)rows * sizeof(double) + 8);
-    for (int64_t r = 0; r < rows; r++) {
-        scale[r] = 0.125f + 0.01f * (float)(r % 5);
-        for (int64_t k = 0; k < columns; k++) {
-            const int64_t i = r * columns + k;
-            weight[i] = (float)number(i);
-            quantized[i] = expected[i] = rintf(weight[i] / scale[r]) * scale[r];
-        }
+    for (int64_t i = 0; i < 2 * rows; i++) {
+        scale[i] = 0.125f + 0.01f * (float)(i % 5);
+        zero[i] = (float)(i % 3) - 0.75f;
+    }
+    for (int64_t k = 0; k < columns; k++) {
+        group[k] = k % 2;
+    }
+    for (int64_t i = 0; i < rows * columns; i++) {
+        const int64_t r = i / columns, g = i % columns % 2;
+        weight[i] = (float)number(i);
+        quantized[i] = expected[i] = nearest(weight[i], scale[2 * r + g], rintf(zero[2 * r + g]));
     }
     for (int64_t i = 0; i < columns * columns; i++) {
         const int64_t j = i / columns, k = i % columns, low = j < k ? j : k, high = j < k ? k : j;
         hessian[i] = k == j ? 2 + (float)number(j) / 4 : (float)number(low * columns + high) / 2;
     }
     quantized[rows * columns] = 42;
-    for (int64_t r = 0; r < rows; r++) {
-        plain(expected + r * columns, weight + r * columns, hessian, scale[r], columns, 2, scratch);
-    }
     const struct fptq_coordinate_descent args = {.quantized = quantized,
                                                  .loss = loss,
                                                  .weight = weight,
                                                  .hessian = hessian,
                                                  .scale = scale,
+                                                 .zero_point = zero,
+                                                 .group = group,
                                                  .rows = rows,
                                                  .columns = columns,
-                                                 .groups = 1,
+                                                 .groups = 2,
                                                  .sweeps = 2,
                                                  .grid = int4,
                                                  .dtype = FPTQ_F32};
     CHECK(fptq_coordinate_descent(&args) == FPTQ_OK);
-    for (int64_t i = 0; i < rows * columns; i++) {
-        CHECK(quantized[i] == expected[i]);
+    for (int64_t r = 0; r < rows && columns > 0; r++) {
+        float *row = expected + r * columns;
+        const double found = plain(row, weight + r * columns, hessian, scale + 2 * r, zero + 2 * r, columns, 2, scratch);
+        CHECK(memcmp(row, quantized + r * columns, (size_t)columns * sizeof(float)) == 0);
+        CHECK(fabs(loss[r] - found) <= 1e-9 * fabs(found));
     }
     CHECK(quantized[rows * columns] == 42);
     free(weight);
     free(quantized);
     free(expected);
     free(scale);
+    free(zero);
     free(scratch);
     free(hessian);
+    free(group);
     free(loss);
 }
 

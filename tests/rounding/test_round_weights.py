@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import partial
 from io import StringIO
@@ -73,6 +74,28 @@ def assert_same(first: CalibrationResult, second: CalibrationResult) -> None:
     expected, found = first.model.state_dict(), second.model.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_the_search_and_the_descent_of_a_config_lower_every_loss_of_the_first_inputs() -> None:
+    """Of the linears that read the same inputs in all three: q, k and v of the first block."""
+    losses = []
+    for more in ([], ["rounding.search_ranges=true"], ["rounding.search_ranges=true", "rounding.descent_sweeps=20"]):
+        linears = calibrate(config(*more)).metrics["rounding"]["linears"]
+        losses.append([linears[f"layers.0.{name}"]["loss"] for name in ("q_proj", "k_proj", "v_proj")])
+    for more, less in itertools.pairwise(losses):
+        assert all(new < old for new, old in zip(less, more, strict=True))
+    few = calibrate(config("rounding.search_ranges=true", "rounding.candidates=2")).metrics["rounding"]["linears"]
+    assert few["layers.0.q_proj"]["loss"] > losses[1][0]
+
+
+def test_blocks_that_were_rounded_without_a_descent_are_not_taken_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fptquant.rounding.round_weights.KeptFiles", lambda folder: KeptFiles(folder, 0.0))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(config(), tmp_path, stop_after=2)
+    again = calibrate(config("rounding.descent_sweeps=20"), tmp_path, resume=True)
+    assert_same(again, calibrate(config("rounding.descent_sweeps=20")))
 
 
 def test_the_weights_are_rounded_reported_and_saved(tmp_path: Path) -> None:
