@@ -37,6 +37,8 @@ from fptquant.stages.distributed import is_main, main_holds, on_main, world_size
 from fptquant.stages.progress import Progress as ProgressCallback
 from fptquant.stages.progress import say
 
+_COST_PLOT = "plots/cost.png"
+"""Where accuracy is drawn against cost, in the table's folder."""
 _CURVES = 8
 """Cells whose errors are drawn as curves; more become a map."""
 
@@ -98,8 +100,8 @@ def make_table(
         grid = _Grid(folder, table, cells, set())
         for model in dict.fromkeys(cell.model.name for cell in cells) if run else ():
             _run_model(grid, [cell for cell in cells if cell.model.name == model], save, progress)
-        on_main(grid.write)
         on_main(grid.plot)
+        on_main(grid.write)
     return Table(on_main(grid.rows), Path(table.output_folder))
 
 
@@ -164,9 +166,10 @@ class _Grid:
         rows = self.rows()
         state = self.state(rows)
         title = self.table.name if len(self.table.models) > 1 else f"{self.table.name}: {self.table.models[0].model}"
+        picture = _COST_PLOT if (self.folder / _COST_PLOT).is_file() else None
         results = {"title": title, "results": [row.as_dict() for row in rows]}
         files = {
-            "table.md": markdown_table(rows, title=title, state=state),
+            "table.md": markdown_table(rows, title=title, state=state, picture=picture),
             "table.csv": csv_table(rows),
             "table.tex": latex_table(rows, title=title, state=state),
             RUN_MARKER: to_json(results),
@@ -186,7 +189,7 @@ class _Grid:
         if done:
             plot_errors = plot_block_errors if len(done) <= _CURVES else plot_block_error_map
             plot_errors(errors, plots / "block_errors.png")
-            plot_cost(self.rows(), plots / "cost.png", title=self.table.name)
+            plot_cost(self.rows(), self.folder / _COST_PLOT, title=self.table.name)
 
 
 def _results(run: Path) -> list[dict[str, Any]]:

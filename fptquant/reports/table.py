@@ -228,11 +228,12 @@ def rich_table(rows: Sequence[Row], *, title: str, width: int = _WIDEST) -> Tabl
     return table
 
 
-def markdown_table(rows: Sequence[Row], *, title: str, state: str = "") -> str:
+def markdown_table(rows: Sequence[Row], *, title: str, state: str = "", picture: str | None = None) -> str:
     """The table as Markdown, with its title and caption; perplexity is a link to its config where the row says where that lies.
 
     Args:
         state: what is missing, if anything is.
+        picture: the path of a plot of accuracy against cost, shown at the end.
     """
     columns = _columns(rows)
     rule = "|" + "|".join("---:" if column.right else "---" for column in columns) + "|"
@@ -240,7 +241,8 @@ def markdown_table(rows: Sequence[Row], *, title: str, state: str = "") -> str:
     failures = [f"- {row.method}, {row.setting}{f', {row.model}' if row.model else ''}: {row.error}" for row in rows if row.error]
     head = [f"# {title}", "", *([f"{state}.", ""] if state else [])]
     parts = [*head, markdown_line(column.title for column in columns), rule, *body, "", caption(rows), ""]
-    return "\n".join([*parts, *(["Failed:", "", *failures, ""] if failures else [])])
+    picture_lines = [f"![Perplexity against run-time cost]({picture})", ""] if picture else []
+    return "\n".join([*parts, *(["Failed:", "", *failures, ""] if failures else []), *picture_lines])
 
 
 def markdown_line(cells: Iterable[str]) -> str:

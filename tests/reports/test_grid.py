@@ -119,7 +119,8 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
     )
     assert heads in text
     links = re.findall(r"\]\((.*?)\)", text)
-    assert len(links) == 2
+    assert len(links) == 3
+    assert links[-1] == "plots/cost.png"
     assert all((folder / link).is_file() for link in links)
     measured = made.rows[2].evaluation
     assert measured is not None
