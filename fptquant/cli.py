@@ -154,7 +154,15 @@ def show(name: File, overrides: Overrides = None, debug: Debug = False) -> None:
 @app.command("validate", epilog="Example: fptquant validate my.yaml quantization.weight.bits=3")
 @_guard
 def validate(file: File, overrides: Overrides = None, debug: Debug = False) -> None:
-    """Check a config; every mistake is listed with its path in the file."""
+    """Check the config of a method or a table; every mistake is listed with its path in the file."""
+    from fptquant.config.loading import is_table
+    from fptquant.config.tables import load_table, table_cells
+
+    if is_table(file):
+        grid = load_table(file, *(overrides or ()))
+        cells = f"{len(table_cells(grid))} cells of {len(grid.methods)} methods"
+        Console(highlight=False).print(f"{escape(file)} is valid: {grid.name}, {cells}")
+        return
     config = _load(file, overrides, None)
     used = ", ".join(config.transforms.used) or "no transforms"
     Console(highlight=False).print(f"{escape(file)} is valid: {config.name}, {config.quantization.setting}, {used}")

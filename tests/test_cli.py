@@ -261,6 +261,11 @@ def test_show_ls_and_validate() -> None:
     assert "T_k" in shown
     assert "start: random_hadamard" in shown
     assert invoke("validate", "configs/methods/rtn.yaml").exit_code == 0
+    assert "24 cells of 6 methods" in invoke("validate", "smollm2-toolkits", "methods=[rtn,rtn-lp,gptq,awq,quarot,spinquant]",
+                                             "settings=[w4a16,w4a8,w8a8,w4a4]").stdout  # fmt: skip
+    broken = invoke("validate", "demo", "methods=[rtn]", "settings=[w4a16]", "overrides=[seed=x]")
+    assert broken.exit_code == 2
+    assert "seed" in broken.output
     assert invoke("show", "fptquants").exit_code == 2
 
 

@@ -22,6 +22,10 @@ Problem = tuple[str, str]
 _Schema = TypeVar("_Schema", bound=BaseModel)
 
 
+_TABLE_KEYS = {"methods", "settings"}
+"""What the file of a table has, and that of a method has not."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which a repeated key is an error and 1e-3 is a number (YAML 1.1: the last key, and a string)."""
 
@@ -237,11 +241,20 @@ def load_config(path_or_name: str | Path, *overrides: str, several: bool = False
     'w4a8kv8-static'
     """
     data = read_recipe(find_config(path_or_name, "methods"))
-    if {"methods", "settings"} <= data.keys():
+    if _TABLE_KEYS & data.keys():
         raise UserError(f"{path_or_name} is a table of several methods; `fptquant table` makes it, other commands take one method")
     overridden, problems = _apply_overrides(data, overrides)
     given, _ = _apply_overrides({}, () if several else overrides)
     return _parse_config(overridden, problems, file=data, given=given, source=str(path_or_name))
+
+
+def is_table(path_or_name: str | Path) -> bool:
+    """Whether a file, or a shipped one's short name, is a table of several methods instead of one method.
+
+    Raises:
+        UserError: if there is no such file, or it cannot be read.
+    """
+    return bool(_TABLE_KEYS & read_recipe(find_config(path_or_name)).keys())
 
 
 def load_yaml_config(schema: type[_Schema], path_or_name: str | Path, *overrides: str) -> _Schema:

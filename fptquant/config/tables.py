@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from fptquant.config.labels import canonical_label
-from fptquant.config.loading import find_config, load_config, load_yaml_config, read_recipe
+from fptquant.config.loading import find_config, is_table, load_config, load_yaml_config
 from fptquant.config.schema import Config, Name
 from fptquant.config.strict import StrictModel
 from fptquant.errors import UserError
@@ -118,7 +118,7 @@ def load_table(path_or_name: str | Path, *overrides: str) -> TableConfig:
 
     Where overrides leave out models, methods or settings of the file, their published values are left out, too.
     """
-    if not {"methods", "settings"} & read_recipe(find_config(path_or_name, "tables")).keys():
+    if not is_table(find_config(path_or_name, "tables")):
         raise UserError(f"{path_or_name} is one method; `fptquant run` takes it, `fptquant table` a table of methods and settings")
     table = load_yaml_config(TableConfig, path_or_name, *overrides)
     if not (overrides and table.published):
