@@ -69,19 +69,12 @@ RECIPES = {
     "omniquant-static": ("omniquant", "quantization=w4a4kv4-static", "quantization.prefix=null"),
     "omniquant-dynamic": ("omniquant", "quantization=w4a4kv4-dynamic", "quantization.prefix=null"),
     "prefixquant": ("prefixquant", "quantization=w4a4kv4-static", "quantization.prefix=[3, 4]"),
-    "prefixquant-weights": (
-        "prefixquant",
-        "quantization=w4a4kv4-static",
-        "quantization.prefix=[3, 4]",
-        "block_training.lr.weight=0.0001",
-    ),
 }
 LEARN = {
     "flatquant": {"kronecker", "query_key_mixing", "value_mixing", "norm_scaling", "up_scaling", "weight_range",
                   "activation_range", "kv_cache_range"},
     "omniquant": {"norm_scaling", "value_mixing", "query_key_rotation", "weight_range"},
-    "prefixquant": {"weight_range", "activation_range", "kv_cache_range"},
-    "prefixquant-weights": {"weight", "weight_range", "activation_range", "kv_cache_range"},
+    "prefixquant": {"weight", "weight_range", "activation_range", "kv_cache_range"},
 }  # fmt: skip
 """What is trained, by the recipes' descriptions."""
 
@@ -232,7 +225,7 @@ def test_every_block_of_a_recipe_comes_closer_and_the_merged_model_does_the_same
     after = error(model, HELD_OUT, relative=False, exact=exact)
     assert all(new < 0.97 * old for new, old in zip(after, before, strict=True))
     assert [block["best"] for block in report["blocks"]] == pytest.approx(after, rel=1e-6)
-    assert set(report["parameters"]) == LEARN.get(name, LEARN[config.name])
+    assert set(report["parameters"]) == LEARN[config.name]
     check_merging(model, transforms, None if "weight" in report["parameters"] else loud_model(config))
 
 
