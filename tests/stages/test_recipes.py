@@ -105,7 +105,28 @@ def test_a_recipe_gives_a_model_that_is_saved_and_loaded(method: str, setting: s
     result.save(tmp_path / "saved")
     assert torch.equal(fq.load_calibrated(tmp_path / "saved")[0](tokens).logits, quantized)
     assert (quantized - expected).abs().max() > 1e-3 * expected.abs().max()
-    if chosen.rounding.method == "nearest":  # the weights are still there: without quantizers it is the plain model
-        set_modes(result.model, "off")
-        with prefix_off(result.model):
-            assert (result.model(tokens).logits - expected).abs().max() < 2e-5 * expected.abs().max()
+    if chosen.rounding.method == "nearest" and not trains_weights(chosen):  # the weights are still there
+        assert_plain_without_quantizers(result, tokens, expected)
+
+
+def trains_weights(chosen: Config) -> bool:
+    return chosen.block_training is not None and chosen.block_training.lr.weight is not None
+
+
+@torch.no_grad()
+def assert_plain_without_quantizers(result: fq.CalibrationResult, tokens: torch.Tensor, expected: torch.Tensor) -> None:
+    set_modes(result.model, "off")
+    with prefix_off(result.model):
+        assert (result.model(tokens).logits - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:.*did not lower", "ignore:the held-out divergence")
+def test_prefixquant_changes_the_function_by_its_weights_alone(text: str) -> None:
+    chosen = config("prefixquant", "w4a4kv4-static", text)
+    assert trains_weights(chosen)
+    assert chosen.block_training is not None
+    rates = chosen.block_training.lr.model_copy(update={"weight": None})
+    frozen = chosen.model_copy(update={"block_training": chosen.block_training.model_copy(update={"lr": rates})})
+    model, tokens = plain_model(), token_ids(1, 20)
+    expected = model(tokens).logits.detach()
+    assert_plain_without_quantizers(fq.calibrate(model, tiny_tokenizer(), frozen, progress=quiet), tokens, expected)
