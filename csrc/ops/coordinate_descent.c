@@ -1,9 +1,8 @@
 /* coordinate_descent: checks and units. The formula is in cpu/coordinate_descent.c. */
-#include <math.h>
-
 #include "../cpu/dispatch.h"
 #include "error.h"
 #include "units.h"
+#include "weights.h"
 
 static fptq_status check(const struct fptq_coordinate_descent *args)
 {
@@ -16,19 +15,8 @@ static fptq_status check(const struct fptq_coordinate_descent *args)
     FPTQ_TRY(fptq_check_size("coordinate_descent", "sweeps", args->sweeps));
     FPTQ_TRY(fptq_check_grid("coordinate_descent", args->grid));
     FPTQ_TRY(fptq_check_scale("coordinate_descent", args->scale, args->rows * args->groups, args->dtype));
-    for (int64_t j = 0; j < args->columns; j++) {
-        const double diagonal = fptq_get(args->hessian, j * args->columns + j, args->dtype);
-        const int64_t group = args->group ? args->group[j] : 0;
-        if (!(diagonal > 0 && isfinite(diagonal))) {
-            return fptq_fail("coordinate_descent: hessian[%lld, %lld] = %g must be positive and finite; damp the Hessian more",
-                             (long long)j, (long long)j, diagonal);
-        }
-        if (group < 0 || group >= args->groups) {
-            return fptq_fail("coordinate_descent: column %lld belongs to group %lld, but there are %lld", (long long)j,
-                             (long long)group, (long long)args->groups);
-        }
-    }
-    return FPTQ_OK;
+    return fptq_check_columns("coordinate_descent", "hessian", args->hessian, args->columns, 0, args->columns, args->group,
+                              args->groups, args->dtype);
 }
 
 fptq_status fptq_coordinate_descent(const struct fptq_coordinate_descent *args)

@@ -1,9 +1,8 @@
 /* gptq: checks and units. The formula is in cpu/gptq.c. */
-#include <math.h>
-
 #include "../cpu/dispatch.h"
 #include "error.h"
 #include "units.h"
+#include "weights.h"
 
 static fptq_status check(const struct fptq_gptq *args)
 {
@@ -19,19 +18,8 @@ static fptq_status check(const struct fptq_gptq *args)
                          (long long)args->columns);
     }
     FPTQ_TRY(fptq_check_scale("gptq", args->scale, args->rows * args->groups, args->dtype));
-    for (int64_t j = args->begin; j < args->end; j++) {
-        const double diagonal = fptq_get(args->factor, j * args->columns + j, args->dtype);
-        const int64_t group = args->group ? args->group[j] : 0;
-        if (!(diagonal > 0 && isfinite(diagonal))) {
-            return fptq_fail("gptq: factor[%lld, %lld] = %g must be positive and finite; damp the Hessian more", (long long)j,
-                             (long long)j, diagonal);
-        }
-        if (group < 0 || group >= args->groups) {
-            return fptq_fail("gptq: column %lld belongs to group %lld, but there are %lld", (long long)j, (long long)group,
-                             (long long)args->groups);
-        }
-    }
-    return FPTQ_OK;
+    return fptq_check_columns("gptq", "factor", args->factor, args->columns, args->begin, args->end, args->group, args->groups,
+                              args->dtype);
 }
 
 fptq_status fptq_gptq(const struct fptq_gptq *args)

@@ -54,3 +54,21 @@ double fptq_sum_group(const double *partials, int64_t parameter, int64_t half, i
     }
     return sum;
 }
+
+fptq_status fptq_check_columns(const char *op, const char *name, const void *matrix, int64_t columns, int64_t begin, int64_t end,
+                               const int64_t *group, int64_t groups, int32_t dtype)
+{
+    for (int64_t j = begin; j < end; j++) {
+        const double diagonal = fptq_get(matrix, j * columns + j, dtype);
+        const int64_t index = group ? group[j] : 0;
+        if (!(diagonal > 0 && isfinite(diagonal))) {
+            return fptq_fail("%s: %s[%lld, %lld] = %g must be positive and finite; damp the Hessian more", op, name, (long long)j,
+                             (long long)j, diagonal);
+        }
+        if (index < 0 || index >= groups) {
+            return fptq_fail("%s: column %lld belongs to group %lld, but there are %lld", op, (long long)j, (long long)index,
+                             (long long)groups);
+        }
+    }
+    return FPTQ_OK;
+}
