@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fptquant.ops.reference_grid import nearest_in_column
+
 
 def coordinate_descent_(
     quantized: Tensor,
@@ -19,8 +21,7 @@ def coordinate_descent_(
     qmax: int,
 ) -> Tensor:
     """Moves every column of ``quantized`` in place, one after the other; returns the loss of each row, float64."""
-    groups = group.tolist() if group.numel() else [0] * len(hessian)
-    zeros = zero_point.round() if zero_point.numel() else torch.zeros_like(scale)
+    nearest = nearest_in_column(scale, zero_point, group, len(hessian), qmin, qmax)
     error = weight - quantized
     slope = torch.zeros_like(error)  # -E H
     for column, row in enumerate(hessian):
@@ -28,12 +29,11 @@ def coordinate_descent_(
     for _ in range(sweeps):
         before = quantized.clone()
         for column, row in enumerate(hessian):
-            step, zero = scale[:, groups[column]], zeros[:, groups[column]]
             lowest = quantized[:, column] - slope[:, column] / row[column]
-            nearest = (((lowest / step).round() + zero).clamp(qmin, qmax) - zero) * step
-            move = nearest - quantized[:, column]
-            quantized[:, column] = nearest
-            error[:, column] = weight[:, column] - nearest
+            value = nearest(lowest, column)
+            move = value - quantized[:, column]
+            quantized[:, column] = value
+            error[:, column] = weight[:, column] - value
             slope += move[:, None] * row
         if torch.equal(before, quantized):
             break

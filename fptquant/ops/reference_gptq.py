@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fptquant.ops.reference_grid import nearest_in_column
+
 
 def gptq_(
     weight: Tensor,
@@ -19,13 +21,11 @@ def gptq_(
     qmax: int,
 ) -> Tensor:
     """Quantizes columns [begin, end) of ``weight`` in place, one after the other; returns the loss of each row, float64."""
-    groups = group.tolist() if group.numel() else [0] * weight.shape[1]
-    zeros = zero_point.round() if zero_point.numel() else torch.zeros_like(scale)
+    nearest = nearest_in_column(scale, zero_point, group, weight.shape[1], qmin, qmax)
     loss = weight.new_zeros(weight.shape[0], dtype=torch.float64)
     for column in range(begin, end):
-        step, zero = scale[:, groups[column]], zeros[:, groups[column]]
         value = weight[:, column].clone()
-        quantized = (((value / step).round() + zero).clamp(qmin, qmax) - zero) * step
+        quantized = nearest(value, column)
         error = (value - quantized) / factor[column, column]
         loss += error.double().square()
         weight[:, column] = quantized

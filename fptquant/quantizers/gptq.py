@@ -125,13 +125,15 @@ class Factor:
     def damped(self) -> Tensor:
         """The H that U belongs to, its columns in ``order``: a copy."""
         order = torch.arange(len(self.hessian), device=self.hessian.device) if self.order is None else self.order
-        damped = self.hessian[order[:, None], order]
-        damped.diagonal().add_(self.damping * _mean_diagonal(self.hessian))
-        return damped
+        return _damped(self.hessian, order, self.damping)
 
 
-def _mean_diagonal(hessian: Tensor) -> float:
-    return float(hessian.diagonal().mean()) or 1.0  # all inputs are 0: then every rounding is as good
+def _damped(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
+    """A copy with its columns in ``order`` and a share of the mean diagonal entry added to the diagonal."""
+    mean = float(hessian.diagonal().mean()) or 1.0  # all inputs are 0: then every rounding is as good
+    damped = hessian[order[:, None], order]
+    damped.diagonal().add_(damping * mean)
+    return damped
 
 
 def factorize(hessian: Tensor, options: GPTQOptions, name: str = "weight") -> Factor:
@@ -150,13 +152,9 @@ def factorize(hessian: Tensor, options: GPTQOptions, name: str = "weight") -> Fa
         raise UserError(f"the inputs of {name} hold NaN or infinity: its Hessian is not finite; check the layers before it")
     order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else None
     backwards = (torch.arange(columns, device=hessian.device) if order is None else order).flip(0)
-    mean = _mean_diagonal(hessian)
     damping = options.damping
     while True:
-        damped = hessian[backwards[:, None], backwards]
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
+        lower, failed = torch.linalg.cholesky_ex(_damped(hessian, backwards, damping))
         if not failed:
             break
         if damping >= _MOST:
