@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fptquant.errors import UserError
 from fptquant.ops import _library, reference_coordinate_descent
+from fptquant.ops._columns import check_columns, check_worked_on
 from fptquant.quantizers.grid import IntegerGrid
 
 _library.define(
@@ -72,26 +73,10 @@ def coordinate_descent_(
 def _check(
     quantized: Tensor, weight: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor | None, group: Tensor | None, sweeps: int
 ) -> None:
-    if quantized.dim() != 2 or quantized.dtype not in (torch.float32, torch.float64) or not quantized.is_contiguous():
-        raise UserError(
-            f"coordinate_descent_: quantized {list(quantized.shape)} {quantized.dtype} must be a contiguous matrix in float32 or "
-            "float64; slopes are summed in its own dtype"
-        )
-    rows, columns = quantized.shape
+    op = "coordinate_descent_"
+    check_worked_on(op, "quantized", quantized, "slopes are summed")
     if weight.shape != quantized.shape:
-        raise UserError(f"coordinate_descent_: weight {list(weight.shape)} must have the shape of quantized {[rows, columns]}")
-    if hessian.shape != (columns, columns):
-        raise UserError(f"coordinate_descent_: hessian {list(hessian.shape)} must be [{columns}, {columns}] for {[rows, columns]}")
-    if scale.dim() != 2 or scale.shape[0] != rows:
-        raise UserError(f"coordinate_descent_: scale {list(scale.shape)} must be [{rows}, groups] for {[rows, columns]}")
-    if zero_point is not None and zero_point.shape != scale.shape:
-        raise UserError(
-            f"coordinate_descent_: zero_point {list(zero_point.shape)} must have the shape of scale {list(scale.shape)}"
-        )
-    for name, tensor in (("weight", weight), ("hessian", hessian), ("scale", scale), ("zero_point", zero_point)):
-        if tensor is not None and tensor.dtype != quantized.dtype:
-            raise UserError(f"coordinate_descent_: {name} is {tensor.dtype}, quantized {quantized.dtype}")
-    if group is not None and (group.shape != (columns,) or group.dtype != torch.int64):
-        raise UserError(f"coordinate_descent_: group {list(group.shape)} {group.dtype} must be [{columns}] int64")
+        raise UserError(f"{op}: weight {list(weight.shape)} must have the shape of quantized {list(quantized.shape)}")
+    check_columns(op, "quantized", quantized, {"weight": weight, "hessian": hessian}, "hessian", scale, zero_point, group)
     if sweeps < 0:
-        raise UserError(f"coordinate_descent_: sweeps = {sweeps} is negative")
+        raise UserError(f"{op}: sweeps = {sweeps} is negative")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fptquant.errors import UserError
 from fptquant.ops import _library, reference_gptq
+from fptquant.ops._columns import check_columns, check_worked_on
 from fptquant.quantizers.grid import IntegerGrid
 
 _library.define(
@@ -74,22 +75,8 @@ def gptq_(
 def _check(
     weight: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor | None, group: Tensor | None, begin: int, end: int
 ) -> None:
-    if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.float64) or not weight.is_contiguous():
-        raise UserError(
-            f"gptq_: weight {list(weight.shape)} {weight.dtype} must be a contiguous matrix in float32 or float64; errors are "
-            "spread in its own dtype"
-        )
-    rows, columns = weight.shape
+    op, columns = "gptq_", weight.shape[-1]
+    check_worked_on(op, "weight", weight, "errors are spread")
     if not 0 <= begin <= end <= columns:
-        raise UserError(f"gptq_: columns {begin} to {end} are not within the {columns} of the weight")
-    if factor.shape != (columns, columns):
-        raise UserError(f"gptq_: factor {list(factor.shape)} must be [{columns}, {columns}] for the weight {list(weight.shape)}")
-    if scale.dim() != 2 or scale.shape[0] != rows:
-        raise UserError(f"gptq_: scale {list(scale.shape)} must be [{rows}, groups] for the weight {list(weight.shape)}")
-    if zero_point is not None and zero_point.shape != scale.shape:
-        raise UserError(f"gptq_: zero_point {list(zero_point.shape)} must have the shape of scale {list(scale.shape)}")
-    for name, tensor in (("factor", factor), ("scale", scale), ("zero_point", zero_point)):
-        if tensor is not None and tensor.dtype != weight.dtype:
-            raise UserError(f"gptq_: {name} is {tensor.dtype}, the weight {weight.dtype}")
-    if group is not None and (group.shape != (columns,) or group.dtype != torch.int64):
-        raise UserError(f"gptq_: group {list(group.shape)} {group.dtype} must be [{columns}] int64")
+        raise UserError(f"{op}: columns {begin} to {end} are not within the {columns} of the weight")
+    check_columns(op, "the weight", weight, {"factor": factor}, "factor", scale, zero_point, group)
