@@ -1,7 +1,8 @@
-"""kronecker, and kronecker_fake_quant, forward and backward through autograd, against eager torch and torch.compile of the formula.
+"""kronecker, plain and fused with fake_quant, forward and backward through autograd, against eager torch and torch.compile.
 
-Every arm does the same work on [tokens, rows * columns] in float32: y, then the gradients of x, of both factors and of the scale.
-Arms take turns within each round, so that a change of the machine's speed meets all of them; medians are reported.
+Every arm does the same work on [tokens, rows * columns] in float32: y, then the gradients of x, of both factors and of the scale
+(static), or of what multiplies the scale of each token (dynamic). Arms take turns within each round, so that a change of the
+machine's speed meets all of them; medians are reported.
 
     python benchmarks/kronecker.py [--rounds 15] [--tokens 512]
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from fptquant import ops
 from fptquant._core import build_info
+from fptquant.ops.reference_ranges import SCALE_STRETCH
 from fptquant.quantizers.grid import IntegerGrid
 
 SIZES = [(24, 24), (32, 48), (64, 64)]  # SmolLM2-135M's hidden and intermediate sizes; 4,096
@@ -39,14 +42,28 @@ def product_quantized(x: Tensor, left: Tensor, right: Tensor, scale: Tensor) -> 
     return rounded.clamp(-8, 7) * scale
 
 
-def arms(inputs: tuple[Tensor, ...], dy: Tensor) -> dict[str, Step]:
-    """Each arm's step, for three inputs without and for four with fake_quant."""
-    quantized = len(inputs) == 4
-    formula: Callable[..., Tensor] = product_quantized if quantized else product
-    compiled = torch.compile(formula)
+def product_quantized_dynamic(x: Tensor, left: Tensor, right: Tensor, clip: Tensor) -> Tensor:
+    """The same with the scale of each token's own range, times clip."""
+    y = product(x, left, right)
+    scale = y.detach().abs().amax(-1, keepdim=True) / 7 * SCALE_STRETCH * clip
+    ratio = y / scale
+    rounded = ratio + (ratio.round() - ratio).detach()
+    return rounded.clamp(-8, 7) * scale
 
-    def ours(*given: Tensor) -> Tensor:
-        return ops.kronecker_fake_quant(*given, grid=IntegerGrid(4)) if quantized else ops.kronecker(*given)
+
+GRID = IntegerGrid(4)
+OPERATORS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "kronecker": (ops.kronecker, product),
+    "kronecker_fake_quant": (partial(ops.kronecker_fake_quant, grid=GRID), product_quantized),
+    "kronecker_fake_quant_dynamic": (partial(ops.kronecker_fake_quant_dynamic, grid=GRID), product_quantized_dynamic),
+}
+"""Of each operator the fused form and the formula."""
+
+
+def arms(operator: str, inputs: tuple[Tensor, ...], dy: Tensor) -> dict[str, Step]:
+    """Each arm's step."""
+    ours, formula = OPERATORS[operator]
+    compiled = torch.compile(formula)
 
     def step(forward: Callable[..., Tensor]) -> Step:
         def run() -> tuple[Tensor, ...]:
@@ -58,16 +75,20 @@ def arms(inputs: tuple[Tensor, ...], dy: Tensor) -> dict[str, Step]:
     return dict(zip(ARMS, map(step, (ours, compiled, formula)), strict=True))
 
 
-def measure(size: tuple[int, int], tokens: int, rounds: int, *, quantized: bool) -> dict[str, float]:
+def measure(operator: str, size: tuple[int, int], tokens: int, rounds: int) -> dict[str, float]:
     """Median milliseconds of each arm."""
     torch.manual_seed(0)
     rows, columns = size
     x, left, right = (
         torch.randn(shape, requires_grad=True) for shape in ((tokens, rows * columns), (rows, rows), (columns, columns))
     )
-    scale = torch.tensor(0.5 * (rows * columns) ** 0.5, requires_grad=True)
-    inputs = (x, left, right, scale) if quantized else (x, left, right)
-    chosen = arms(inputs, torch.randn_like(x))
+    scales = {
+        "kronecker": [],
+        "kronecker_fake_quant": [torch.tensor(0.5 * (rows * columns) ** 0.5, requires_grad=True)],
+        "kronecker_fake_quant_dynamic": [torch.tensor(0.8, requires_grad=True)],
+    }
+    inputs = (x, left, right, *scales[operator])
+    chosen = arms(operator, inputs, torch.randn_like(x))
     expected = chosen["eager"]()
     for name, arm in chosen.items():  # warm up, and check that it is the same work
         for found, other in zip(arm(), expected, strict=True):
@@ -92,12 +113,12 @@ def main() -> None:
         "milliseconds (of fptquant's time)"
     )
     for column in ("operator", "size", *ARMS):
-        table.add_column(column, justify="left" if column == "operator" else "right")
-    for quantized in (False, True):
+        table.add_column(column, justify="left" if column == "operator" else "right", no_wrap=True)
+    for operator in OPERATORS:
         for size in SIZES:
-            found = measure(size, options.tokens, options.rounds, quantized=quantized)
+            found = measure(operator, size, options.tokens, options.rounds)
             cells = [f"{found[name]:.2f} ({found[name] / found['fptquant']:.2f}x)" for name in ARMS]
-            table.add_row("kronecker_fake_quant" if quantized else "kronecker", f"{size[0]} x {size[1]}", *cells)
+            table.add_row(operator, f"{size[0]} x {size[1]}", *cells)
     Console().print(table)
 
 

@@ -159,17 +159,22 @@ struct fptq_hadamard {
 };
 FPTQ_EXPORT fptq_status fptq_hadamard(const struct fptq_hadamard *args);
 
-/* ---- kronecker: y = (left (x) right) x, then fake-quantized where a scale is given ------------------------------- */
+/* ---- kronecker: y = (left (x) right) x, then fake-quantized with given scales, or with those of each block's own range */
 
 struct fptq_kronecker_forward {
     void *y;                /* [blocks, rows, columns] storage: left X right^T of each block X of x */
     const void *x;          /* [blocks, rows, columns] storage */
     const void *left;       /* [rows, rows] compute, or NULL for the identity */
     const void *right;      /* [columns, columns] compute, or NULL for the identity */
-    const void *scale;      /* [1] or [blocks] compute, or NULL: not quantized */
+    const void *scale;      /* [1] or [blocks] compute, or NULL: none is given */
     const void *zero_point; /* like scale, or NULL for 0 */
     int64_t blocks, rows, columns, scales;
     fptq_grid grid;
+    void *dynamic_scale;      /* [blocks] compute: written, and used; or NULL: ranges are not those of the blocks */
+    void *dynamic_zero_point; /* like dynamic_scale */
+    const void *clip;         /* [1] compute: multiplies dynamic_scale; or NULL for 1 */
+    double clip_ratio;        /* in (0, 1]: the share of a block's range that the grid covers */
+    bool symmetric;           /* whether dynamic zero points are 0 */
     int32_t dtype;
     bool *out_of_memory; /* set by the operator: becomes true where scratch memory was missing */
 };

@@ -20,50 +20,26 @@
 #include <float.h>
 
 #include "../ops/units.h"
-
-#define STRETCH 1.000345266983001243908
 #include "for_each_dtype.h"
 #else
+
+#include "chunks.h"
+#include "qparams.h"
 
 void KERNEL(choose_qparams)(int64_t begin, int64_t end, const void *context)
 {
     const struct fptq_choose_qparams *args = context;
-    const COMPUTE qmin = (COMPUTE)args->grid.qmin, qmax = (COMPUTE)args->grid.qmax;
-    const COMPUTE largest = sizeof(COMPUTE) == sizeof(double) ? (COMPUTE)DBL_MAX : (COMPUTE)FLT_MAX;
-    const COMPUTE smallest = sizeof(COMPUTE) == sizeof(double) ? (COMPUTE)DBL_MIN : (COMPUTE)FLT_MIN;
-    const COMPUTE clip_ratio = (COMPUTE)args->clip_ratio;
-    COMPUTE *scale = args->scale, *zero_point = args->zero_point;
-
     for (int64_t r = begin; r < end; r++) {
         const STORAGE *restrict x_row = (const STORAGE *)args->x + r * args->columns; /* x[r, :] */
         COMPUTE los[FPTQ_LANES] = {0}, his[FPTQ_LANES] = {0};                         /* 0 always belongs to the range */
-        int64_t c = 0;
-        for (; c + FPTQ_LANES <= args->columns; c += FPTQ_LANES) {
-            for (int l = 0; l < FPTQ_LANES; l++) {
-                const COMPUTE x = LOAD(x_row[c + l]), finite = FABS(x) <= largest ? x : 0;
-                los[l] = finite < los[l] ? finite : los[l];
-                his[l] = finite > his[l] ? finite : his[l];
-            }
+        for (int64_t c = 0; c < args->columns; c += FPTQ_LANES) {
+            COMPUTE values[FPTQ_LANES];
+            LOCAL(load_chunk)(values, x_row + c, args->columns - c);
+            LOCAL(widen_range)(los, his, values);
         }
-        COMPUTE lo = 0, hi = 0;
-        for (; c < args->columns; c++) {
-            const COMPUTE x = LOAD(x_row[c]), finite = FABS(x) <= largest ? x : 0;
-            lo = finite < lo ? finite : lo;
-            hi = finite > hi ? finite : hi;
-        }
-        for (int l = 0; l < FPTQ_LANES; l++) {
-            lo = los[l] < lo ? los[l] : lo;
-            hi = his[l] > hi ? his[l] : hi;
-        }
-        lo *= clip_ratio;
-        hi *= clip_ratio;
-        COMPUTE scale_r = args->symmetric ? (hi > -lo ? hi : -lo) / qmax : hi / (qmax - qmin) - lo / (qmax - qmin);
-        scale_r *= (COMPUTE)STRETCH;
-        scale_r = scale_r == 0 ? (hi == lo ? 1 : smallest) : scale_r < smallest ? smallest : scale_r;
-        COMPUTE zero_r = args->symmetric ? 0 : RINT(qmin - lo / scale_r);
-        zero_r = zero_r < qmin ? qmin : zero_r;
-        scale[r] = scale_r;
-        zero_point[r] = args->symmetric ? 0 : (zero_r > qmax ? qmax : zero_r);
+        const struct LOCAL(qparams) found = LOCAL(qparams_of)(los, his, (COMPUTE)args->clip_ratio, args->symmetric, args->grid);
+        ((COMPUTE *)args->scale)[r] = found.scale;
+        ((COMPUTE *)args->zero_point)[r] = found.zero_point;
     }
 }
 

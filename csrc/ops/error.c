@@ -74,3 +74,8 @@ fptq_status fptq_check_scale(const char *op, const void *scale, int64_t count, i
     }
     return FPTQ_OK;
 }
+
+fptq_status fptq_check_clip_ratio(const char *op, double clip_ratio)
+{
+    return clip_ratio > 0 && clip_ratio <= 1 ? FPTQ_OK : fptq_fail("%s: clip_ratio = %g must lie in (0, 1]", op, clip_ratio);
+}

@@ -24,6 +24,8 @@ fptq_status fptq_check_size(const char *op, const char *name, int64_t size);
 fptq_status fptq_check_grid(const char *op, fptq_grid grid);
 /* Every scale must be positive and finite; the message names the first that is not. */
 fptq_status fptq_check_scale(const char *op, const void *scale, int64_t count, int32_t dtype);
+/* The share of a row's own range that a dynamic grid covers. */
+fptq_status fptq_check_clip_ratio(const char *op, double clip_ratio);
 /* Reads entry i of an array in the dtype of computation. */
 double fptq_get(const void *array, int64_t i, int32_t dtype);
 void fptq_put(void *array, int64_t i, int32_t dtype, double value);

@@ -5,12 +5,25 @@
 #include "error.h"
 #include "weights.h"
 
+static fptq_status check_dynamic(const char *op, const struct fptq_kronecker_forward *args)
+{
+    if (args->scale || args->zero_point) {
+        return fptq_fail("%s: give scales, or let them be found for each block, not both", op);
+    }
+    FPTQ_TRY(fptq_check_grid(op, args->grid));
+    FPTQ_TRY(fptq_check_clip_ratio(op, args->clip_ratio));
+    return args->clip ? fptq_check_scale(op, args->clip, 1, args->dtype) : FPTQ_OK;
+}
+
 static fptq_status check(const char *op, const struct fptq_kronecker_forward *args)
 {
     FPTQ_TRY(fptq_check_dtype(op, args->dtype));
     FPTQ_TRY(fptq_check_size(op, "blocks", args->blocks));
     FPTQ_TRY(fptq_check_size(op, "rows", args->rows));
     FPTQ_TRY(fptq_check_size(op, "columns", args->columns));
+    if (args->dynamic_scale) {
+        return check_dynamic(op, args);
+    }
     if (!args->scale) {
         return FPTQ_OK;
     }
@@ -41,7 +54,10 @@ fptq_status fptq_kronecker_forward(const struct fptq_kronecker_forward *args)
     struct fptq_kronecker_forward launched = *args;
     launched.out_of_memory = &out_of_memory;
     fptq_launch(FPTQ_KERNEL_kronecker_forward, args->dtype, args->blocks, cost_of(args), &launched);
-    return out_of_memory ? fail_memory(op, args) : FPTQ_OK;
+    if (out_of_memory) {
+        return fail_memory(op, args);
+    }
+    return args->dynamic_scale ? fptq_check_scale(op, args->dynamic_scale, args->blocks, args->dtype) : FPTQ_OK;
 }
 
 /* Adds the units' sums, in order, and writes them; `first` is where they begin in each unit's `width` sums. */

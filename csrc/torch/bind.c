@@ -184,6 +184,18 @@ tensor_handle new_like(const char *op, const struct view *view)
     return new_tensor(op, view->ndim, view->sizes, view->torch_dtype);
 }
 
+tensor_handle new_row_values(const char *op, const struct view *view)
+{
+    int64_t sizes[MAX_NDIM];
+    if (view->ndim > MAX_NDIM) {
+        raise_error("%s: %lld axes are more than the %d supported", op, (long long)view->ndim, MAX_NDIM);
+    }
+    for (int64_t axis = 0; axis < view->ndim; axis++) {
+        sizes[axis] = axis < view->ndim - 1 ? view->sizes[axis] : 1;
+    }
+    return new_tensor(op, view->ndim, sizes, compute_dtype(floating_dtype(op, "x", view)));
+}
+
 tensor_handle new_absent(const char *op, int32_t torch_dtype)
 {
     const int64_t no_elements[1] = {0};

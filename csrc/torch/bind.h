@@ -123,6 +123,8 @@ tensor_handle new_tensor(const char *op, int64_t ndim, const int64_t *sizes, int
 /* The same with the shape and dtype of a tensor at hand; and a tensor without elements, which stands for none. */
 tensor_handle new_like(const char *op, const struct view *view);
 tensor_handle new_absent(const char *op, int32_t torch_dtype);
+/* One value for each row of a tensor of floating point numbers, [..., 1], in its dtype of computation. */
+tensor_handle new_row_values(const char *op, const struct view *view);
 void *data_of(tensor_handle tensor);
 
 /* One entry per boxed operator: its name and kernel. A file adds its own below. */
@@ -139,6 +141,7 @@ void *data_of(tensor_handle tensor);
     X(kronecker_backward)                  \
     X(kronecker_fake_quant)                \
     X(kronecker_fake_quant_backward)       \
+    X(kronecker_fake_quant_dynamic)        \
     X(rotate_blocks)                       \
     X(merge_query_key)                     \
     X(merge_query_key_backward)            \

@@ -11,24 +11,14 @@ void boxed_choose_qparams(stable_value *stack, uint64_t num_args, uint64_t num_r
     OWNED tensor_handle x_tensor = take(stack[0]);
     const struct view x = view_of(op, "x", x_tensor);
     const int32_t dtype = floating_dtype(op, "x", &x);
-    int64_t sizes[16], rows = 1;
-    if (x.ndim < 1 || x.ndim > 16) {
-        raise_error("%s: x must have 1 to 16 axes, it has %lld", op, (long long)x.ndim);
-    }
-    for (int64_t axis = 0; axis < x.ndim - 1; axis++) {
-        sizes[axis] = x.sizes[axis];
-        rows *= x.sizes[axis];
-    }
-    sizes[x.ndim - 1] = 1;
-
-    OWNED tensor_handle scale = new_tensor(op, x.ndim, sizes, compute_dtype(dtype));
-    OWNED tensor_handle zero_point = new_tensor(op, x.ndim, sizes, compute_dtype(dtype));
+    const struct rows rows = rows_of(op, "x", &x);
+    OWNED tensor_handle scale = new_row_values(op, &x), zero_point = new_row_values(op, &x);
     check_status(fptq_choose_qparams(&(struct fptq_choose_qparams){
         .scale = data_of(scale),
         .zero_point = data_of(zero_point),
         .x = x.data,
-        .rows = rows,
-        .columns = x.sizes[x.ndim - 1],
+        .rows = rows.count,
+        .columns = rows.length,
         .grid = {(int32_t)stack[3], (int32_t)stack[4], (int32_t)stack[5]},
         .symmetric = stack[2] != 0,
         .clip_ratio = as_double(stack[1]),

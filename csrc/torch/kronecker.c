@@ -3,7 +3,10 @@
  * fptquant::kronecker_fake_quant(Tensor x, Tensor left, Tensor right, Tensor scale, Tensor zero_point, int grid, int qmin, int
  * qmax)
  *     -> Tensor
- * and their backwards, whose dy comes first and whose bool x_gradient comes last.
+ * and their backwards, whose dy comes first and whose bool x_gradient comes last, and
+ * fptquant::kronecker_fake_quant_dynamic(Tensor x, Tensor left, Tensor right, Tensor clip, float clip_ratio, bool symmetric,
+ *                                        int grid, int qmin, int qmax)
+ *     -> (Tensor y, Tensor scale, Tensor zero_point)                                              like x, and [..., 1] twice
  *
  * The last axis of x holds rows * columns values; an empty factor means the identity, of the size that the other one leaves.
  */
@@ -82,6 +85,30 @@ void boxed_kronecker_fake_quant(stable_value *stack, uint64_t num_args, uint64_t
     args.y = data_of(y);
     check_status(fptq_kronecker_forward(&args));
     stack[0] = give(&y);
+}
+
+void boxed_kronecker_fake_quant_dynamic(stable_value *stack, uint64_t num_args, uint64_t num_returns)
+{
+    (void)num_args, (void)num_returns;
+    const char *op = "kronecker_fake_quant_dynamic";
+    OWNED tensor_handle x_tensor = take(stack[0]), left_tensor = take(stack[1]), right_tensor = take(stack[2]),
+                        clip_tensor = take(stack[3]);
+    const struct view x = view_of(op, "x", x_tensor), left = view_of(op, "left", left_tensor),
+                      right = view_of(op, "right", right_tensor), clip = view_of(op, "clip", clip_tensor);
+    struct fptq_kronecker_forward args = arguments_of(op, &x, &left, &right);
+    args.clip = optional(op, "clip", &clip, 1, compute_dtype(args.dtype));
+    args.clip_ratio = as_double(stack[4]);
+    args.symmetric = stack[5] != 0;
+    args.grid = (fptq_grid){(int32_t)stack[6], (int32_t)stack[7], (int32_t)stack[8]};
+    OWNED tensor_handle y = new_like(op, &x);
+    OWNED tensor_handle scale = new_row_values(op, &x), zero_point = new_row_values(op, &x);
+    args.y = data_of(y);
+    args.dynamic_scale = data_of(scale);
+    args.dynamic_zero_point = data_of(zero_point);
+    check_status(fptq_kronecker_forward(&args));
+    stack[0] = give(&y);
+    stack[1] = give(&scale);
+    stack[2] = give(&zero_point);
 }
 
 void boxed_kronecker_backward(stable_value *stack, uint64_t num_args, uint64_t num_returns)

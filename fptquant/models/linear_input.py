@@ -21,12 +21,19 @@ def transform_and_quantize(
     """
     kept = None if quantizer is None else context.kept_tokens(x, quantizer.full_precision_tokens)
     last = transforms[-1] if transforms else None
-    fused = isinstance(last, Kronecker) and quantizer is not None and quantizer.is_one_scale and kept is None
+    fused = isinstance(last, Kronecker) and quantizer is not None and quantizer.is_fusible and kept is None
     for transform in transforms[:-1] if fused else transforms:
         x = transform(x)
     if quantizer is None:
         return x
     if isinstance(last, Kronecker) and fused:
-        return last.fake_quant(x, *quantizer.static_qparams(x), grid=quantizer.grid)
+        return _fused(x, last, quantizer)
     y: Tensor = quantizer(x, kept)
     return y
+
+
+def _fused(x: Tensor, product: Kronecker, quantizer: Quantizer) -> Tensor:
+    if quantizer.dynamic:
+        clip_ratio = quantizer.range_method.clip_ratio
+        return product.fake_quant_dynamic(x, quantizer.clip, grid=quantizer.grid, clip_ratio=clip_ratio)
+    return product.fake_quant(x, *quantizer.static_qparams(x), grid=quantizer.grid)

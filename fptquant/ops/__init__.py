@@ -8,7 +8,7 @@ from fptquant.ops.divergence import divergence
 from fptquant.ops.fake_quant import fake_quant
 from fptquant.ops.gptq import gptq_
 from fptquant.ops.hadamard import hadamard, hadamard_matrix, hadamard_sizes
-from fptquant.ops.kronecker import kronecker, kronecker_fake_quant
+from fptquant.ops.kronecker import kronecker, kronecker_fake_quant, kronecker_fake_quant_dynamic
 from fptquant.ops.linear_divergence import linear_cross_entropy, linear_divergence, linear_jsd
 from fptquant.ops.lp_norm import lp_norm_query_key, lp_norm_scale
 from fptquant.ops.merge_query_key import (
@@ -38,6 +38,7 @@ __all__ = [
     "hadamard_sizes",
     "kronecker",
     "kronecker_fake_quant",
+    "kronecker_fake_quant_dynamic",
     "linear_cross_entropy",
     "linear_divergence",
     "linear_jsd",

@@ -1,7 +1,10 @@
-"""Kronecker-factored transforms of the last axis: plain, and fused with fake_quant."""
+"""Kronecker-factored transforms of the last axis: plain, and fused with fake_quant of static or dynamic range."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fptquant.errors import UserError
@@ -17,14 +20,49 @@ _library.define(
     f"kronecker_fake_quant_backward(Tensor dy, {_ARGUMENTS}, {_QUANTIZER}, bool x_gradient) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_library.define(
+    f"kronecker_fake_quant_dynamic({_ARGUMENTS}, Tensor clip, float clip_ratio, bool symmetric, int grid, int qmin, int qmax) "
+    "-> (Tensor, Tensor, Tensor)"
+)
 
-for _name in ("kronecker", "kronecker_backward", "kronecker_fake_quant", "kronecker_fake_quant_backward"):
+for _name in (
+    "kronecker", "kronecker_backward", "kronecker_fake_quant", "kronecker_fake_quant_backward", "kronecker_fake_quant_dynamic",
+):  # fmt: skip
     _library.fallback(_name, getattr(reference, _name))
 
 _library.derivative("kronecker", 3)
 _library.derivative("kronecker_fake_quant", 5)
 _forward = _library.operator("kronecker")
 _fused = _library.operator("kronecker_fake_quant")
+_fused_backward = _library.operator("kronecker_fake_quant_backward")
+_fused_dynamic = _library.operator("kronecker_fake_quant_dynamic")
+
+
+def _fake_dynamic(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    scale, zero = (x.new_empty((*x.shape[:-1], 1), dtype=_library.compute_dtype(x)) for _ in range(2))
+    return torch.empty_like(x), scale, zero
+
+
+def _keep_ranges(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output[1:])
+    ctx.options = inputs[6:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _dynamic_backward(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Ranges are constants for x; clip multiplies every scale."""
+    if dy is None:
+        return (None,) * 9
+    x, left, right, clip, scale, zero = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[0]
+    dx, dleft, dright, dscale, _ = _fused_backward(dy.contiguous(), x, left, right, scale, zero, *ctx.options, wanted)
+    dclip = (dscale * scale).sum(dtype=torch.float64).to(clip.dtype) / clip if clip.numel() else None
+    return dx if wanted else None, dleft, dright, dclip, *(None,) * 5
+
+
+_library.fake("kronecker_fake_quant_dynamic", _fake_dynamic)
+_library.autograd("kronecker_fake_quant_dynamic", _keep_ranges, _dynamic_backward)
 
 
 def kronecker(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
@@ -77,6 +115,41 @@ def kronecker_fake_quant(
             raise UserError(f"kronecker_fake_quant: {label} has {tensor.numel()} entries; x {list(x.shape)} needs 1 or {rows}")
     left, right, scale, zero = (_library.parameter(tensor, x) for tensor in (left, right, scale, zero_point))
     result: Tensor = _fused(x.contiguous(), left, right, scale, zero, grid.kind, grid.qmin, grid.qmax)
+    return result
+
+
+def kronecker_fake_quant_dynamic(
+    x: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    clip: Tensor | None = None,
+    *,
+    grid: IntegerGrid,
+    clip_ratio: float = 1.0,
+) -> Tensor:
+    """fake_quant of kronecker(x) with the range of each row (`choose_qparams`), without writing the transformed values.
+
+    They are not rounded to the dtype of x in between; otherwise equal to the three operators in turn.
+
+    Args:
+        clip: multiplies every scale, for training; None for 1.
+        clip_ratio: as in `choose_qparams`.
+
+    Shape:
+        x, left, right: as `kronecker`. clip: one entry. Returns: like x.
+
+    Gradient: for x (straight-through), both factors and clip (LSQ); none through the ranges.
+
+    Raises:
+        UserError: as `kronecker`, and if clip has not one entry.
+        RuntimeError: if clip_ratio lies outside (0, 1], or clip is not positive and finite.
+    """
+    _check("kronecker_fake_quant_dynamic", x, left, right)
+    if clip is not None and clip.numel() != 1:
+        raise UserError(f"kronecker_fake_quant_dynamic: clip has {clip.numel()} entries; it needs 1")
+    left, right, clip = (_library.parameter(tensor, x) for tensor in (left, right, clip))
+    options = (float(clip_ratio), grid.symmetric, grid.kind, grid.qmin, grid.qmax)
+    result: Tensor = _fused_dynamic(x.contiguous(), left, right, clip, *options)[0]
     return result
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fptquant.ops._hadamard_factors import hadamard_factors
 from fptquant.ops._library import compute_dtype
+from fptquant.ops.reference_ranges import choose_qparams
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -301,6 +302,17 @@ def kronecker_fake_quant_backward(
     wide_dy, inner = dy.to(y.dtype).reshape(y.shape), y.numel() // scale.numel()
     dtransformed, dscale, dzero = fake_quant_backward(wide_dy, y, scale, zero_point, 1, scale.numel(), inner, qmin, qmax)
     return *kronecker_backward(dtransformed.reshape(x.shape), x, left, right, x_gradient), dscale, dzero
+
+
+def kronecker_fake_quant_dynamic(
+    x: Tensor, left: Tensor, right: Tensor, clip: Tensor, clip_ratio: float, symmetric: bool, grid: int, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(fake_quant(kronecker(x)) with the range of each row, their scales, their zero points); no rounding in between."""
+    y = _kronecker_blocks(x, left, right)[1].reshape(x.shape)
+    scale, zero = choose_qparams(y, clip_ratio, symmetric, grid, qmin, qmax)
+    if clip.numel():
+        scale = scale * clip.reshape(())
+    return fake_quant(y, scale, zero, 1, scale.numel(), y.shape[-1], qmin, qmax).to(x.dtype), scale, zero
 
 
 # --------------------------------------------------------------------------------------------------- rotations of blocks

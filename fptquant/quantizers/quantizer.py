@@ -151,13 +151,12 @@ class Quantizer(WideBuffers):
         return self.scale.to(dtype), zero
 
     @property
-    def is_one_scale(self) -> bool:
-        """Whether it now rounds everything that it is given by one scale, and nobody looks on: then an operator may transform and
-        quantize at once.
+    def is_fusible(self) -> bool:
+        """Whether an operator may transform and quantize at once: everything is rounded as it comes, by one static scale or in the
+        range of each token, and nobody looks on.
         """
-        whole = isinstance(self.granularity, PerTensor) and self.group_size is None and self.outlier_threshold is None
-        whole = whole and self.center is None
-        return whole and self.mode == "on" and not self.dynamic and self.scale is not None and not self._forward_hooks
+        whole = self.dynamic or (isinstance(self.granularity, PerTensor) and self.group_size is None and self.scale is not None)
+        return whole and self.mode == "on" and self.outlier_threshold is None and self.center is None and not self._forward_hooks
 
     @torch.no_grad()
     def _observe(self, x: Tensor, kept: Tensor | None) -> None:

@@ -83,8 +83,15 @@ class Kronecker(Transform):
 
     def fake_quant(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, *, grid: IntegerGrid) -> Tensor:
         """``fake_quant(forward(x))`` with one scale, in one operator: the transformed values are not written."""
-        left, right = (self._known_for(x, "factors", self.factors).get(side) for side in ("left", "right"))
-        return ops.kronecker_fake_quant(x, left, right, scale, zero_point, grid=grid)
+        return ops.kronecker_fake_quant(x, *self._known_pair(x), scale, zero_point, grid=grid)
+
+    def fake_quant_dynamic(self, x: Tensor, clip: Tensor | None, *, grid: IntegerGrid, clip_ratio: float) -> Tensor:
+        """``forward(x)``, each token rounded in its own range, in one operator."""
+        return ops.kronecker_fake_quant_dynamic(x, *self._known_pair(x), clip, grid=grid, clip_ratio=clip_ratio)
+
+    def _known_pair(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        factors = self._known_for(x, "factors", self.factors)
+        return factors.get("left"), factors.get("right")
 
     def _inverse_transposed(self, x: Tensor) -> dict[str, Tensor]:
         def compute() -> dict[str, Tensor]:

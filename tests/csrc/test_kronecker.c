@@ -109,9 +109,55 @@ static void test_quantizes_with_one_scale_or_one_for_each_block(void)
     CHECK_REFUSED(fptq_kronecker_forward(&args), "rows = -1");
 }
 
+/* Blocks of every size: scale, zero point and values against plain loops; what is behind the results stays. */
+static void test_quantizes_each_block_in_its_own_range(void)
+{
+    for (int64_t columns = 1; columns <= 40; columns++) {
+        const int64_t size = BLOCKS * columns;
+        double *memory = malloc(sizeof(double) * (size_t)(2 * size + 2 * BLOCKS + 3));
+        double *x = memory, *y = x + size, *scale = y + size + 1, *zero_point = scale + BLOCKS + 1;
+        const double left = 2, clip = 0.75;
+        fill(x, size, 5);
+        y[size] = scale[BLOCKS] = zero_point[BLOCKS] = 42;
+        struct fptq_kronecker_forward args = {.y = y,
+                                              .x = x,
+                                              .left = &left,
+                                              .blocks = BLOCKS,
+                                              .rows = 1,
+                                              .columns = columns,
+                                              .grid = {FPTQ_GRID_INTEGER, 0, 15},
+                                              .dynamic_scale = scale,
+                                              .dynamic_zero_point = zero_point,
+                                              .clip = &clip,
+                                              .clip_ratio = 0.9,
+                                              .dtype = FPTQ_F64};
+        CHECK(fptq_kronecker_forward(&args) == FPTQ_OK);
+        for (int64_t b = 0; b < BLOCKS; b++) {
+            double lo = 0, hi = 0;
+            for (int64_t i = 0; i < columns; i++) {
+                lo = fmin(lo, 2 * x[b * columns + i]);
+                hi = fmax(hi, 2 * x[b * columns + i]);
+            }
+            const double step = (1 + sqrt(2) / 4096) * 0.9 * (hi - lo) / 15, zero = fmin(15, rint(-0.9 * lo / step));
+            CHECK(fabs(scale[b] - 0.75 * step) < 1e-14 && zero_point[b] == zero);
+            for (int64_t i = 0; i < columns; i++) {
+                const double q = fmin(15, fmax(0, rint(2 * x[b * columns + i] / scale[b]) + zero));
+                CHECK(y[b * columns + i] == (q - zero) * scale[b]);
+            }
+        }
+        CHECK(y[size] == 42 && scale[BLOCKS] == 42 && zero_point[BLOCKS] == 42);
+        args.clip_ratio = 0;
+        CHECK_REFUSED(fptq_kronecker_forward(&args), "clip_ratio = 0 must lie in (0, 1]");
+        args.scale = &left;
+        CHECK_REFUSED(fptq_kronecker_forward(&args), "not both");
+        free(memory);
+    }
+}
+
 int main(void)
 {
     test_every_size();
+    test_quantizes_each_block_in_its_own_range();
     test_quantizes_with_one_scale_or_one_for_each_block();
     return report();
 }

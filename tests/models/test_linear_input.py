@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -33,24 +31,30 @@ X = torch.randn(2, 5, 12, generator=generator(0))
 
 
 @pytest.mark.parametrize("options", [{}, {"dynamic": True}], ids=["static", "dynamic"])
-def test_values_are_those_of_transforms_and_quantizer_in_turn(options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Tensor] = []
-    fused = DownKronecker.fake_quant
-
-    def counted(self: DownKronecker, x: Tensor, *rest: Any, **named: Any) -> Tensor:
-        calls.append(x)
-        return fused(self, x, *rest, **named)
-
-    monkeypatch.setattr(DownKronecker, "fake_quant", counted)
+@pytest.mark.parametrize("clip", [None, 0.8])
+def test_values_are_those_of_transforms_and_quantizer_in_turn(
+    options: dict[str, bool], clip: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     used, made = transforms(), quantizer(**options)
+    made.clip = None if clip is None else torch.tensor(clip)
+    in_turn = made(used[1](used[0](X)))
+    alone: list[Tensor] = []
+    plain = DownKronecker.forward
+
+    def counted(self: DownKronecker, x: Tensor) -> Tensor:
+        alone.append(x)
+        return plain(self, x)
+
+    monkeypatch.setattr(DownKronecker, "forward", counted)
     y = transform_and_quantize(X, used, made, ForwardContext())
-    torch.testing.assert_close(y, made(used[1](used[0](X))), rtol=0, atol=1e-6)
-    assert len(calls) == (0 if options else 1)
+    torch.testing.assert_close(y, in_turn, rtol=0, atol=1e-6)
+    assert not alone  # one operator
     seen: list[Tensor] = []
     hook = made.register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
     assert torch.equal(transform_and_quantize(X, used, made, ForwardContext()), y)
     hook.remove()
     assert len(seen) == 1  # whoever listens to the quantizer hears of every value
+    assert len(alone) == 1
     made.mode = "off"
     assert torch.equal(transform_and_quantize(X, used, made, ForwardContext()), used[1](used[0](X)))
     assert torch.equal(transform_and_quantize(X, [], None, ForwardContext()), X)

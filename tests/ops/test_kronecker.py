@@ -117,6 +117,71 @@ def test_fused_is_the_two_operators_in_turn(dynamic: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("clip", [None, 0.7])
+@pytest.mark.parametrize("grid", [GRID, IntegerGrid(4)], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_fused_with_ranges_of_rows_is_the_three_operators_in_turn(
+    dtype: torch.dtype, grid: IntegerGrid, clip: float | None
+) -> None:
+    """Values and their gradients bit for bit; that of clip is a sum in another order."""
+    sizes = (12, 17)
+    x, dy = (random(2, TOKENS, math.prod(sizes), dtype=dtype, seed=seed) for seed in (0, 5))
+    x[0, 1] = 0
+    results = []
+    for fused in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x, *factors(sizes, dtype))]
+        factor = None if clip is None else torch.tensor(clip, dtype=dtype, requires_grad=True)
+        if fused:
+            y = ops.kronecker_fake_quant_dynamic(*leaves, factor, grid=grid, clip_ratio=0.9)
+        else:
+            product = ops.kronecker(*leaves)
+            scale, zero = ops.choose_qparams(product, grid=grid, clip_ratio=0.9)
+            scale = scale if factor is None else scale * factor
+            y = ops.fake_quant(product, scale, zero, grid=grid, granularity=PerToken())
+        y.backward(dy)
+        results.append([y, *(leaf.grad for leaf in leaves), *([] if factor is None else [factor.grad])])
+    for a, b in zip(results[0][:4], results[1][:4], strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(results[0][4:], results[1][4:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert a.abs() > 1e-3
+
+
+def test_nan_and_infinities_are_left_out_of_the_ranges_of_rows() -> None:
+    x, left = random(3, 21, dtype=torch.float32), factors((3, 7), torch.float32)[0]
+    x[0, 5], x[1, 8] = math.nan, math.inf
+    y = ops.kronecker_fake_quant_dynamic(x, left, None, grid=GRID)
+    product = ops.kronecker(x, left, None)
+    expected = ops.fake_quant(product, *ops.choose_qparams(product, grid=GRID), grid=GRID, granularity=PerToken())
+    assert y.isnan().any()
+    assert torch.equal(y.nan_to_num(7), expected.nan_to_num(7))
+
+
+@pytest.mark.parametrize("present", PRESENT)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused_with_ranges_of_rows_equals_reference(dtype: torch.dtype, sizes: tuple[int, int], present: tuple[bool, bool]) -> None:
+    """Ranges and zero points; values on a step's edge may take the other one in another order of sums."""
+    x = random(TOKENS, math.prod(sizes), dtype=dtype)
+    tensors = (x, *factors(sizes, dtype, present), torch.tensor([0.8], dtype=compute_dtype(dtype)))
+    options = (0.9, False, GRID.kind, GRID.qmin, GRID.qmax)
+    expected = reference.kronecker_fake_quant_dynamic(*tensors, *options)
+    actual = torch.ops.fptquant.kronecker_fake_quant_dynamic(*tensors, *options)
+    torch.testing.assert_close(actual[1], expected[1], rtol=1e-5, atol=0)
+    assert (actual[2] - expected[2]).abs().max() <= 1  # a zero point half way
+    steps = ((actual[0] - expected[0]).abs() / expected[1]).to(torch.float64)
+    assert (steps > 0.05).double().mean() < 0.01
+    assert steps.max() < 1.1
+
+
+def test_opcheck_with_ranges_of_rows() -> None:
+    x, (left, right) = random(4, 12, dtype=torch.float32), factors((3, 4), torch.float32)
+    leaves = tuple(tensor.requires_grad_() for tensor in (x, left, right))
+    for clip in (torch.tensor(0.8, requires_grad=True), torch.empty(0)):
+        arguments = (*leaves, clip, 0.9, False, 0, 0, 15)
+        torch.library.opcheck(torch.ops.fptquant.kronecker_fake_quant_dynamic.default, arguments)
+
+
 def test_opcheck() -> None:
     x, (left, right) = random(4, 12, dtype=torch.float32), factors((3, 4), torch.float32)
     scale, zero, none = torch.tensor(0.2), torch.tensor(8.0), torch.empty(0)
@@ -148,6 +213,7 @@ def test_every_size_and_instruction_set_bit_for_bit(dtype: torch.dtype) -> None:
                 *torch.ops.fptquant.kronecker_backward(dy, x, *plain, True),
                 torch.ops.fptquant.kronecker_fake_quant(x, *quantized),
                 *torch.ops.fptquant.kronecker_fake_quant_backward(dy, x, *quantized, True),
+                *torch.ops.fptquant.kronecker_fake_quant_dynamic(x, *plain, scale, 0.9, False, 0, 0, 15),
             )
 
         assert_same_on_every_isa(call)
@@ -173,6 +239,14 @@ def test_errors_name_the_shapes() -> None:
         ops.kronecker(x, left, torch.eye(5))
     with pytest.raises(UserError, match=r"scale has 2 entries; x \[5, 12\] needs 1 or 5"):
         ops.kronecker_fake_quant(x, left, None, torch.ones(2), grid=GRID)
+    with pytest.raises(UserError, match="clip has 2 entries; it needs 1"):
+        ops.kronecker_fake_quant_dynamic(x, left, None, torch.ones(2), grid=GRID)
+    with pytest.raises(RuntimeError, match=r"clip_ratio = 2 must lie in \(0, 1\]"):
+        ops.kronecker_fake_quant_dynamic(x, left, None, grid=GRID, clip_ratio=2)
+    with pytest.raises(RuntimeError, match=r"scale\[0\] = -1 must be positive and finite"):
+        ops.kronecker_fake_quant_dynamic(x, left, None, torch.tensor(-1.0), grid=GRID)
+    with pytest.raises(RuntimeError, match=r"scale\[0\] = inf must be positive and finite"):
+        ops.kronecker_fake_quant_dynamic(torch.full((1, 3), 3e38), left, None, torch.tensor(1e3), grid=GRID)
     with pytest.raises(RuntimeError, match="the last axis of x has 12 values, not 3 x 5"):
         torch.ops.fptquant.kronecker(x, left, torch.eye(5))
     with pytest.raises(RuntimeError, match="give at least one of left and right"):
