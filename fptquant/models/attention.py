@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from fptquant.models.context import ForwardContext
 from fptquant.models.heads import transform_queries
-from fptquant.models.prefix import prefix_keys_values, put_prefix_first
+from fptquant.models.prefix import prefix_keys_values, prepend, put_prefix_first
 from fptquant.quantizers.quantizer import Quantizer
 
 ATTENTION_NAME = "fptquant"
@@ -45,24 +47,44 @@ def quantized_attention(
     if isinstance(module.query_quantizer, Quantizer):
         query = module.query_quantizer(query, context.kept_heads(query, module.query_quantizer.full_precision_tokens))
     prefix = prefix_keys_values(module)
+    softmax_quantizer = module.softmax_quantizer
+    library: Callable[..., tuple[Tensor, Any]] = partial(sdpa_attention_forward, module, dropout=dropout, scaling=scaling, **kwargs)
+    fused = not isinstance(softmax_quantizer, Quantizer) or softmax_quantizer.mode == "off"
+    if fused and prefix is not None and attention_mask is None and query.shape[2] > 1:
+        return _causal_behind_prefix(library, prefix, query, key, value), None
     if prefix is not None:
         key, value, attention_mask = put_prefix_first(prefix, query, key, value, attention_mask)
-    softmax_quantizer = module.softmax_quantizer
-    if not isinstance(softmax_quantizer, Quantizer) or softmax_quantizer.mode == "off":
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-        return output, None
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    probabilities = _probabilities(query, key, attention_mask, scale)
+    if fused:
+        return library(query, key, value, attention_mask)[0], None
+    assert isinstance(softmax_quantizer, Quantizer)
+    probabilities = _probabilities(query, key, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
     kept = context.kept_heads(probabilities, softmax_quantizer.full_precision_tokens)
-    if prefix is None:
-        probabilities = softmax_quantizer(probabilities, kept).to(value.dtype)
-    else:
-        length = prefix[0].shape[1]
-        of_prefix, of_text = probabilities[..., :length], probabilities[..., length:]
-        probabilities = torch.cat([of_prefix, softmax_quantizer(of_text, kept)], dim=-1).to(value.dtype)
+    length = 0 if prefix is None else prefix[0].shape[1]
+    probabilities = _round_text(probabilities, length, softmax_quantizer, kept).to(value.dtype)
     weights = nn.functional.dropout(probabilities, p=dropout, training=module.training)
     output = (_by_kv_head(weights, value.shape[1]) @ value[:, :, None]).flatten(1, 2)
     return output.transpose(1, 2).contiguous(), probabilities
+
+
+def _round_text(probabilities: Tensor, prefix: int, quantizer: Quantizer, kept: Tensor | None) -> Tensor:
+    """Rounds the columns of the text; those of the prefix stay."""
+    rounded: Tensor = quantizer(probabilities[..., prefix:], kept)
+    return torch.cat([probabilities[..., :prefix], rounded], dim=-1) if prefix else rounded
+
+
+def _causal_behind_prefix(
+    library: Callable[..., tuple[Tensor, Any]], prefix: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """Causal attention to a prefix and to the text, without a mask: kernels skip what no query attends to.
+
+    Before the queries stand as many of zeros as the prefix has tokens, whose results are dropped: then it is causal attention over
+    prefix and text. The first keys are those of the queries (an empty static cache has more).
+
+    Shape: as `quantized_attention`; returns [B, Tq, heads, head_dim].
+    """
+    length, queries = prefix[0].shape[1], query.shape[2]
+    key, value = (prepend(part, x[:, :, :queries]) for part, x in zip(prefix, (key, value), strict=True))
+    return library(nn.functional.pad(query, (0, 0, length, 0)), key, value, None)[0][:, length:]
 
 
 def _by_kv_head(x: Tensor, kv_heads: int) -> Tensor:

@@ -81,6 +81,11 @@ def prefix_keys_values(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     return transform_keys(module, key), value
 
 
+def prepend(prefix: Tensor, x: Tensor) -> Tensor:
+    """The keys or the values of a prefix [kv_heads, P, head_dim] before those of each text [B, kv_heads, Tk, head_dim]."""
+    return torch.cat([prefix.to(x.dtype).expand(x.shape[0], -1, -1, -1), x], dim=2)
+
+
 def put_prefix_first(
     prefix: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -97,9 +102,7 @@ def put_prefix_first(
     if mask is None and queries > 1:
         key, value = key[:, :, :queries], value[:, :, :queries]
         mask = torch.ones(queries, queries, dtype=torch.bool, device=query.device).tril()[None, None]
-    key, value = (
-        torch.cat([part.to(x.dtype).expand(x.shape[0], -1, -1, -1), x], dim=2) for part, x in zip(prefix, (key, value), strict=True)
-    )
+    key, value = (prepend(part, x) for part, x in zip(prefix, (key, value), strict=True))
     if mask is not None:
         free = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
         mask = torch.cat([free((*mask.shape[:-1], length)), mask], dim=-1)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fptquant.errors import UserError
+from fptquant.models.attention import _causal_behind_prefix
 from fptquant.models.instrument import get_context, instrument, iter_quantizers, set_modes
 from fptquant.models.norm import widen_norms_
 from fptquant.models.prefix import Prefix, compute_prefix_, model_prefixes, prefix_length, prefix_off, put_prefix_first, shift_keys
@@ -290,6 +293,27 @@ def test_masks_let_the_prefix_through() -> None:
     assert keys.shape[2] == 5
     assert causal[0, 0].int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert put_prefix_first(prefix, query[:, :, :1], key, key, None)[2] is None
+
+
+@pytest.mark.parametrize("keys", [7, 9], ids=["as many keys as queries", "an empty static cache has more"])
+def test_causal_attention_behind_a_prefix_is_that_with_a_mask(keys: int) -> None:
+    """Values and gradients, with grouped queries; the prefix learns, too."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    generator = torch.Generator().manual_seed(0)
+    prefix, query = (draw(2, 3, 4), draw(2, 3, 4)), draw(2, 6, 7, 4)
+    key, value, upstream = draw(2, 2, keys, 4), draw(2, 2, keys, 4), draw(2, 7, 6, 4).detach()
+    module = nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 3  # type: ignore[assignment]
+    library = partial(sdpa_attention_forward, module)
+    leaves = (*prefix, query, key, value)
+    found = _causal_behind_prefix(library, prefix, query, key, value)
+    expected, _ = library(query, *put_prefix_first(prefix, query, key, value, None))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(y, leaves, upstream) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_an_empty_prefix_is_none() -> None:
