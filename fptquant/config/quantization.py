@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -71,7 +71,7 @@ class RangeConfig(StrictModel):
     percentile: float = Field(default=99.99, gt=50, le=100, description="share of values inside the range (percentile)")
     candidates: int = Field(default=80, ge=2, le=1000, description="clipping ratios that are tried (mse, lp)")
     lowest_ratio: float = Field(default=0.3, gt=0, lt=1, description="smallest clipping ratio that is tried (mse, lp)")
-    clip_ratio: float = Field(default=1.0, gt=0, le=1, description="share of each token's range that is covered (dynamic)")
+    clip_ratio: float = Field(default=1.0, gt=0, le=1, description="share of each token's range that is covered (dynamic), or auto")
 
 
 class WeightConfig(StrictModel):
@@ -89,6 +89,23 @@ def _fill_granularity(data: Any, static: str) -> Any:
     if isinstance(data, dict) and "granularity" not in data:
         return {**data, "granularity": "per_token" if data.get("dynamic") is True else static}
     return data
+
+
+AUTO_CLIP_RATIO: Final = "auto"
+"""A share of each token's range that fits the bits: see `_fill_clip_ratio`."""
+
+
+def _fill_clip_ratio(data: Any, narrow: float) -> Any:
+    """``auto`` means ``narrow`` for grids of 4 bits or fewer, whose steps become finer by what is clipped, and all of the range above.
+
+    Static ranges do not read it.
+    """
+    given = data.get("range") if isinstance(data, dict) else None
+    if not isinstance(given, dict) or given.get("clip_ratio") != AUTO_CLIP_RATIO:
+        return data
+    bits = data.get("bits")
+    whole = data.get("dynamic") is True and isinstance(bits, int) and bits > 4
+    return {**data, "range": {**given, "clip_ratio": 1.0 if whole else narrow}}
 
 
 class ActivationConfig(StrictModel):
@@ -110,7 +127,7 @@ class ActivationConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _default_granularity(cls, data: Any) -> Any:
-        return _fill_granularity(data, "per_tensor")
+        return _fill_clip_ratio(_fill_granularity(data, "per_tensor"), 0.9)
 
 
 class KVCacheConfig(StrictModel):
@@ -127,7 +144,7 @@ class KVCacheConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _default_granularity(cls, data: Any) -> Any:
-        return _fill_granularity(data, "per_head")
+        return _fill_clip_ratio(_fill_granularity(data, "per_head"), 0.95)
 
 
 class SiteOverride(StrictModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fptquant.config.labels import EXAMPLE_LABELS, canonical_label, expand_label
+from fptquant.config.loading import load_config
 from fptquant.config.quantization import QuantizationConfig
 from fptquant.errors import UserError
 
@@ -57,3 +58,26 @@ def test_a_prefix_is_mentioned_where_it_stands(label: str, prefix: str | list[in
 def test_other_words_are_refused(label: str) -> None:
     with pytest.raises(UserError, match="is not a setting"):
         expand_label(label)
+
+
+@pytest.mark.parametrize(
+    ("label", "shares"),
+    [
+        ("w4a4kv4-dynamic", (0.9, 0.95)),
+        ("w4a8kv4-dynamic", (1.0, 0.95)),
+        ("w8a8kv8-dynamic", (1.0, 1.0)),
+        ("w4a4kv4-static", (0.9, 0.95)),  # which do not read it
+        ("w4a16", (0.9, 0.95)),
+    ],
+)
+def test_grids_of_more_than_4_bits_cover_all_of_a_tokens_range(label: str, shares: tuple[float, float]) -> None:
+    for recipe in ("rtn", "fptquant-local"):
+        quantization = load_config(recipe, f"quantization={label}").quantization
+        assert (quantization.activation.range.clip_ratio, quantization.kv_cache.range.clip_ratio) == shares
+
+
+def test_a_given_share_of_a_tokens_range_wins() -> None:
+    share = "quantization.activation.range.clip_ratio"
+    assert load_config("rtn", "quantization=w4a8kv8-dynamic", f"{share}=0.8").quantization.activation.range.clip_ratio == 0.8
+    with pytest.raises(UserError, match=share):
+        load_config("rtn", "quantization=w4a8kv8-dynamic", f"{share}=wide")
