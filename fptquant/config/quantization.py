@@ -96,7 +96,7 @@ AUTO_CLIP_RATIO: Final = "auto"
 
 
 def _fill_clip_ratio(data: Any, narrow: float) -> Any:
-    """``auto`` means ``narrow`` for grids of 4 bits or fewer, whose steps become finer by what is clipped, and all of the range above.
+    """``auto`` means ``narrow`` for grids of 4 bits or fewer, whose steps become finer by what is clipped, and all above.
 
     Static ranges do not read it.
     """
