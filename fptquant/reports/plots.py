@@ -19,6 +19,7 @@ BEFORE, AFTER = "#c8553d", "#2a6f97"
 """Colors that stay apart for color-blind readers and in print."""
 
 _CYCLE = (AFTER, BEFORE, "#6a994e", "#7b2d8b", "#e09f3e", "#444444")
+_MARKERS = "osD^vPX*"
 _MAP_SIZE = (64, 192)
 """Cells of a heat map: tokens, channels."""
 _SURFACE_SIZE = (32, 96)
@@ -256,7 +257,7 @@ def plot_cost(rows: Sequence[Row], path: Path, *, title: str) -> None:
 def _plot_method(axes: Any, row: Row, index: int) -> None:
     assert row.evaluation is not None
     assert row.cost is not None
-    color, marker = _CYCLE[index % len(_CYCLE)], "osD^v"[index // len(_CYCLE) % 5]
+    color, marker = _CYCLE[index % len(_CYCLE)], _MARKERS[index // len(_CYCLE) % len(_MARKERS)]
     fill = "none" if row.cost.scales == "dynamic" else color
     perplexity = min(row.evaluation.perplexity, 1e300)
     axes.plot(100 * row.cost.share, perplexity, marker, color=color, markerfacecolor=fill, markersize=7, label=row.method)

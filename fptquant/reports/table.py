@@ -310,14 +310,15 @@ def latex_table(rows: Sequence[Row], *, title: str, state: str = "") -> str:
 
 
 def _latex_cell(row: Row | None, *, best: bool) -> str:
-    """What was measured or that it failed, what a paper prints in parentheses, or both."""
+    """What was measured or that it failed, what a paper prints in parentheses, or both, with the difference."""
     if row is None:
         return "--"
     shown = "failed" if row.error is not None else ""
     if row.evaluation is not None:
         measured = _latex(format_perplexity(row.evaluation.perplexity))
         shown = rf"\textbf{{{measured}}}" if best else measured
-    published = "" if row.published is None else f"({_latex(format_perplexity(row.published))})"
+    difference = "" if row.difference is None else f", ${row.difference:+.2f}$"
+    published = "" if row.published is None else f"({_latex(format_perplexity(row.published))}{difference})"
     return f"{shown} {published}".strip() or "--"
 
 

@@ -1,4 +1,4 @@
-"""Training block by block: transforms and ranges of each block learn together from the output of the block.
+"""Training block by block: transforms, ranges and, where asked, weights of each block learn together from the block's output.
 
 Blocks are trained in their order. Two streams of hidden states go from block to block, that of the model in full precision (prefix
 in place) and that of the quantized one, whose blocks are trained already. The loop, its checkpoints and the choice of the best

@@ -140,8 +140,8 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
     assert r"method & w4a4kv4-dynamic \\" in latex
     assert latex.count(r"\textbf") == 1
     assert "rotated & " in latex
-    assert "(8.56)" in latex
-    assert re.search(r"full precision & [\d.]+ \(5.47\) ", latex)
+    assert f"(8.56, ${measured.perplexity - 8.56:+.2f}$)" in latex
+    assert re.search(r"full precision & [\d.]+ \(5.47, \$[+-][\d.]+\$\) ", latex)
     alone = latex_table([Row("full precision", "-", None, None, published=5.47), made.rows[1]], title="t")
     assert "full precision & (5.47) " in alone
     assert r"elsewhere & (7.25) \\" in latex
