@@ -16,6 +16,7 @@ from fptquant.data.text import Text
 from fptquant.evaluation.cost import runtime_cost
 from fptquant.models.instrument import set_modes
 from fptquant.models.prefix import prefix_off
+from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.stages.progress import quiet
 from tests.models.tiny import tiny_model, token_ids
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
@@ -43,10 +44,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
-def config(method: str, setting: str, text: str) -> Config:
+def config(method: str, setting: str, text: str, *more: str) -> Config:
     """A recipe with one step, one window, one iteration of everything that it has."""
-    plain = fq.load_config(method)
+    plain = fq.load_config(method, *more)
     small = [
+        *more,
         f"quantization={setting}",
         f"text={text}",
         f"calibration.text={text}",
@@ -107,6 +109,31 @@ def test_a_recipe_gives_a_model_that_is_saved_and_loaded(method: str, setting: s
     assert (quantized - expected).abs().max() > 1e-3 * expected.abs().max()
     if chosen.rounding.method == "nearest" and not trains_weights(chosen):  # the weights are still there
         assert_plain_without_quantizers(result, tokens, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*did not lower", "ignore:the held-out divergence")
+@pytest.mark.parametrize("rounding", ["gptq", "autoround"])
+@pytest.mark.parametrize("method", [name for name in METHODS if fq.load_config(name).rounding.method == "nearest"])
+def test_every_method_can_round_its_weights_by_gptq_and_by_autoround(method: str, rounding: str, text: str, tmp_path: Path) -> None:
+    """The weights that are left lie on the grids of their quantizers, and are what is saved."""
+    chosen = config(method, "w4a4kv4-static", text, "rounding.clip=false", f"rounding.method={rounding}")
+    result = fq.calibrate(plain_model(), tiny_tokenizer(), chosen, progress=quiet)
+    linears = [module for module in result.model.modules() if isinstance(module, QuantizedLinear)]
+    assert len(linears) == 7 * plain_model().config.num_hidden_layers
+    for linear in linears:
+        torch.testing.assert_close(linear.quantized_weight(), linear.weight, rtol=1e-5, atol=1e-7)
+        assert linear.weight_quantizer is not None
+        assert linear.weight.unique().numel() <= 16 * linear.weight.shape[0]
+    report = result.metrics["rounding"]
+    if rounding == "gptq":
+        assert len(report["linears"]) == len(linears)
+    else:
+        assert all(block["learned"] <= block["nearest"] for block in report["blocks"].values())
+    tokens = token_ids(1, 20)
+    result.save(tmp_path / "saved")
+    with torch.no_grad():
+        loaded = fq.load_calibrated(tmp_path / "saved")[0](tokens).logits
+        assert torch.equal(loaded, result.model(tokens).logits)
 
 
 def trains_weights(chosen: Config) -> bool:
