@@ -135,6 +135,19 @@ def test_groups_get_their_ranges_when_they_are_reached(symmetric: bool) -> None:
     h, weight = hessian(), random(ROWS, COLUMNS)
     before, made = (quantizer(weight, PerGroup(8), symmetric=symmetric) for _ in range(2))
     rounded, _ = gptq_round(weight, made, factorize(h, options), options)
+    scale, zero = (of_each_entry(part).clone() for part in (before.scale, before.zero_point))
+
+    def reach(column: int, left: Tensor) -> None:
+        if column % 8 == 0 and column > 0:
+            group = slice(column, column + 8)
+            late = quantizer(left[:, group].contiguous(), PerChannel(0), symmetric=symmetric)
+            assert late.scale is not None
+            assert late.zero_point is not None
+            scale[:, group], zero[:, group] = late.scale[:, None], late.zero_point[:, None]
+
+    grid = made.grid
+    expected = obq(weight, damped(h, 0.01), scale, zero, torch.arange(COLUMNS), grid.qmin, grid.qmax, reach)
+    torch.testing.assert_close(rounded, expected, rtol=0, atol=1e-9)
     assert before.scale is not None
     assert made.scale is not None
     assert torch.equal(made.scale[:, 0], before.scale[:, 0])

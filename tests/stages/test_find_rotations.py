@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 import fptquant as fq
 from fptquant.errors import UserError
 from fptquant.models.adapter import view_model
 from fptquant.stages.find_rotations import find_rotations_
 from fptquant.transforms import ModelTransforms, TransformOptions
+from fptquant.transforms.block_rotation import find_rotation
 from tests.models.tiny import ARCHITECTURES, tiny_model, token_ids
 from tests.stages.transformed import fused_model, random_transforms
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
@@ -39,12 +43,33 @@ def test_every_place_gets_rotations_and_twice_the_same(architecture: str) -> Non
             assert all(torch.equal(a, b) for a, b in zip(rotation.buffers(), getattr(again, name).buffers(), strict=True))
 
 
-def test_they_are_those_of_scaled_activations() -> None:
-    """T_n, T_u and T_v are not merged yet, but rotations are found for what they leave."""
-    merged, attached = found("LlamaForCausalLM").block(0), found("LlamaForCausalLM", norms_scaled=False).block(0)
-    assert not torch.equal(merged.attn_in_rotation.first, attached.attn_in_rotation.first)
-    seeded = found("LlamaForCausalLM", seed=1).block(0)
-    assert not torch.equal(merged.down_rotation.first, seeded.down_rotation.first)
+@pytest.mark.parametrize("norms_scaled", [True, False])
+def test_they_are_those_of_scaled_activations(norms_scaled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T_u and T_v are not merged yet, nor T_n where it is not, but rotations are found for what they leave."""
+    seen: list[Tensor] = []
+
+    def remembered(x: Tensor, *args: Any, **named: Any) -> Any:
+        seen.append(x)
+        return find_rotation(x, *args, **named)
+
+    monkeypatch.setattr("fptquant.stages.find_rotations.find_rotation", remembered)
+    model, plain = fused_model("LlamaForCausalLM", "hidden-36"), TransformOptions(block_rotation=12)
+    used = random_transforms(model, OPTIONS)
+    for transforms in (random_transforms(model, plain), used):
+        find_rotations_(model, transforms, WINDOWS, steps=2, norms_scaled=norms_scaled)
+    raw, transformed = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    for index in range(len(used.blocks)):
+        block = used.block(index)
+        norms = (None, None) if norms_scaled else (block.attn_in_scaling, block.mlp_in_scaling)
+        for place, before in enumerate((norms[0], block.value_mixing, norms[1], block.up_scaling)):
+            x = raw[4 * index + place]
+            assert torch.equal(transformed[4 * index + place], x if before is None else before(x))
+            assert before is None or not torch.allclose(before(x), x, rtol=0.01)
+
+
+def test_they_depend_on_the_seed() -> None:
+    one, other = (found("LlamaForCausalLM", seed=seed).block(0) for seed in (0, 1))
+    assert not torch.equal(one.down_rotation.first, other.down_rotation.first)
 
 
 def test_it_leaves_less_to_round() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fptquant.config.quantization import QuantizationConfig
 from fptquant.config.training import TrainingConfig
@@ -55,9 +56,10 @@ def make(
     dtype: torch.dtype = torch.float64,
     spread: bool = True,
     options: TransformOptions | None = None,
+    loud: float = 1.0,
 ) -> TransformStudent:
-    """A student on a tiny random model, its ranges set; its transforms random, or at their start."""
-    model = fused_model(architecture, "hidden-36", dtype=dtype).requires_grad_(False)
+    """A student on a tiny random model, its ranges set; its transforms random, or at their start; a channel as loud as this."""
+    model = loud_model(architecture, dtype, loud).requires_grad_(False)
     options = options or EVERYTHING[architecture]
     transforms = random_transforms(model, options)
     if not spread:
@@ -77,6 +79,13 @@ def make(
     set_weight_ranges_(model)
     set_activation_ranges_(model, token_ids(4, 24, seed=7))
     return TransformStudent(model, transforms, training or settings())
+
+
+def loud_model(architecture: str, dtype: torch.dtype, factor: float) -> PreTrainedModel:
+    """Its embeddings have one channel that many times as large."""
+    model = fused_model(architecture, "hidden-36", dtype=dtype)
+    model.get_input_embeddings().weight.data[:, 5] *= factor
+    return model
 
 
 @torch.no_grad()
@@ -172,6 +181,33 @@ def test_without_quantizers_no_transform_changes_the_loss(objective: str) -> Non
 def test_training_lowers_the_loss(quantization: QuantizationConfig) -> None:
     student = make(quantization=quantization, dtype=torch.float32, spread=False)
     assert share_of_divergence(student) < 0.85
+
+
+@pytest.mark.parametrize("objective", ["jsd", "cross_entropy"])
+def test_learned_rotations_alone_spread_a_loud_channel(objective: str) -> None:
+    """SpinQuant's part: T_r and an orthogonal T_v learn, nothing else; both stay rotations, and the function stays."""
+    rates = {"residual_rotation": 0.01, "value_mixing": 0.01, "activation_range": None, "kv_cache_range": None}
+    training = TrainingConfig.model_validate({"objective": objective, "lr": rates})
+    rotations = TransformOptions(value_mixing="hadamard", value_constraint="orthogonal")
+    student = make(quantization=setting(4, dynamic=True), training=training, spread=False, options=rotations, loud=30)
+    assert student.rotation is not None
+    groups = {name: [p for _, p in group] for name, group in student.parameter_groups().items()}
+    assert {name for name, group in groups.items() if group} == {"residual_rotation", "value_mixing"}
+    tokens, optimizer = token_ids(4, 24, seed=3), torch.optim.Adam([p for group in groups.values() for p in group], lr=0.02)
+    before = float(student.divergence(tokens))
+    for _ in range(40):
+        optimizer.zero_grad()
+        student(tokens).backward()
+        optimizer.step()
+    assert float(student.divergence(tokens)) < 0.7 * before
+    turned = student.rotation.matrix()
+    assert turned[:, 5].abs().max() < 0.7  # the channel is spread; it began as itself
+    identity = torch.eye(len(turned), dtype=turned.dtype)
+    assert (turned @ turned.mT - identity).abs().max() < 1e-12
+    set_modes(student.model, "off")
+    with torch.no_grad():
+        expected = loud_model("LlamaForCausalLM", torch.float64, 30)(token_ids()).logits
+    assert (logits(student) - expected).abs().max() < 1e-11 * expected.abs().max()
 
 
 def test_what_dynamic_quantizers_clip_is_trained_and_kept() -> None:
