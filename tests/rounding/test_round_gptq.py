@@ -18,8 +18,10 @@ from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.quantizers.gptq import GPTQOptions
 from fptquant.rounding.round_gptq import round_gptq_
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
+from tests.memory import NO_RESERVE, measurable
 from tests.models.prepare import setting
 from tests.models.tiny import ARCHITECTURES, tiny_model, token_ids
+from tests.program import run_python
 from tests.quantizers.obq import obq
 from tests.rounding.together import round_together
 
@@ -160,3 +162,33 @@ def test_a_model_without_weight_quantizers_is_refused() -> None:
     with pytest.raises(UserError, match=r"layers\.0\.q_proj has no weight quantizer"):
         round_gptq_(model, WINDOWS)
     assert not list(iter_quantizers(model, "weight"))
+
+
+MEMORY = """
+import torch
+from tests.memory import memory
+from tests.models.tiny import tiny_model
+from fptquant.models.instrument import instrument, set_modes
+from fptquant.rounding.round_gptq import round_gptq_
+from fptquant.stages.set_ranges import set_weight_ranges_
+from tests.models.prepare import setting
+
+torch.set_num_threads(1)
+windows = torch.randint(3, 101, (2, 64), generator=torch.Generator().manual_seed(0))
+for blocks in (1, 24):  # the first loads libraries
+    model = tiny_model("LlamaForCausalLM", hidden_size=64, head_dim=16, intermediate_size=1280, num_hidden_layers=blocks)
+    instrument(model, setting(16, weight_bits=4))
+    set_weight_ranges_(model)
+    set_modes(model, "on")
+    held, before = [], memory("VmRSS")
+    round_gptq_(model, windows, progress=lambda *_: held.append(memory("VmRSS")))
+print(held[-1] - held[1], max(held) - before)
+"""
+
+
+@measurable
+def test_memory_holds_the_hessians_of_one_block() -> None:
+    """One of down_proj's is 12.5 MiB, of 24 blocks 300; its factor and copies come and go."""
+    growth, most = map(int, run_python(MEMORY, environment=NO_RESERVE).split())
+    assert growth < 24 * 2**20
+    assert most < 150 * 2**20
