@@ -52,6 +52,10 @@ class RoundingConfig(StrictModel):
     batch: int = Field(default=8, ge=1, description="windows of each iteration, at most all (autoround)")
     lr: float | None = Field(default=None, gt=0, description="first step, which falls to 0; null: 1 / iterations (autoround)")
     learn_clipping: bool = Field(default=True, description="learn the ends of the weights' ranges, too (autoround)")
+    objective: Literal["relative_mse", "mse"] = Field(
+        default="mse",
+        description="the error of a block's output, of each token in proportion to its own size, or not (autoround)",
+    )
     text: str = Field(default="auto", min_length=1, description="as for training (clip, gptq, autoround)")
     windows: int = Field(default=32, ge=1, description="calibration windows (clip, gptq, autoround)")
     window: int = Field(default=512, ge=2, description="tokens of a window (clip, gptq, autoround)")

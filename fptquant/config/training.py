@@ -100,7 +100,7 @@ class TransformTrainingConfig(OptimizationConfig):
 
 
 class BlockTrainingConfig(TransformTrainingConfig):
-    """Training of transforms, ranges and, where asked, weights block by block: each learns to give what its full-precision self gives."""
+    """Training of transforms, ranges and, where asked, weights block by block: each gives what its full-precision self gives."""
 
     key: ClassVar[str] = "block_training"
     title: ClassVar[str] = "block training"

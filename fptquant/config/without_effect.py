@@ -40,7 +40,7 @@ _ROUNDING_FIELDS = {
         {"clip", "search_ranges", "candidates", "descent_sweeps", "token_weights", "act_order", "damping", "static_groups"}
         | {"text", "windows", "window"}
     ),
-    "autoround": frozenset({"iterations", "batch", "lr", "learn_clipping", "text", "windows", "window"}),
+    "autoround": frozenset({"iterations", "batch", "lr", "learn_clipping", "objective", "text", "windows", "window"}),
 }
 """The fields that each rounding method reads."""
 

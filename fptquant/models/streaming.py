@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,16 @@ class PartState:
         """The true residual, also where S_n carries another, [B, T, H], in float32 or wider."""
         hidden = self.hidden.to(torch.promote_types(self.hidden.dtype, torch.float32))
         return hidden if self.running_scale is None else hidden * self.running_scale
+
+    def errors(self, exact: PartState, objective: Literal["relative_mse", "mse"]) -> Tensor:
+        """Mean squared errors of the tokens [B, T], of the true residual, in float32 or wider; in proportion to each one's own
+        mean square, or not.
+        """
+        target = exact.residual()
+        squared = (self.residual() - target).square().mean(-1)
+        if objective == "mse":
+            return squared
+        return squared / target.square().mean(-1).clamp(min=torch.finfo(target.dtype).tiny)
 
     @staticmethod
     def joined(parts: Sequence[PartState]) -> PartState:

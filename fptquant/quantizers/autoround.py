@@ -17,6 +17,7 @@ Source: Cheng et al., Optimize Weight Rounding via Signed Gradient Descent for t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class AutoRoundOptions:
     lr: float | None = None
     """First step of offsets and clipping ratios, which falls linearly to 0; None: 1 / iterations."""
     learn_clipping: bool = True
+    objective: Literal["relative_mse", "mse"] = "mse"
+    """The error of the block's output, of each token in proportion to its own size, or not, as in the paper."""
 
     def rate(self, iteration: int) -> float:
         """The step after an iteration, counted from 0.

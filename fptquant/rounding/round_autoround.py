@@ -2,8 +2,8 @@
 
 Two streams of hidden states go from block to block: that of the model in full precision (transforms merged, prefix in place), and
 that of the quantized one. The block learns to give, for the inputs that the rounded blocks before it make (activations and caches
-quantized, where the setting does so), what the full-precision block gives for full-precision inputs: mean squared error, signed
-gradients, the batch of each iteration drawn at random.
+quantized, where the setting does so), what the full-precision block gives for full-precision inputs: mean squared error, or that of
+each token in proportion to its own size, signed gradients, the batch of each iteration drawn at random.
 
 An iteration counts by its loss as a share of what rounding to nearest has on the same windows, so that different batches compare;
 the best one is kept. If all windows together do not confirm it, the block stays rounded to nearest. With S_n, too, it is the true
@@ -43,7 +43,7 @@ TOKENS_AT_ONCE = 2048
 
 @dataclass(frozen=True)
 class BlockReport:
-    """How one block was rounded: mean squared errors of its output on all windows, and the iteration that was the best."""
+    """How one block was rounded: errors of its output on all windows, as the objective says, and the best iteration."""
 
     nearest: float
     learned: float
@@ -102,9 +102,13 @@ class _AutoRound(BlockMethod):
             self._state, learned, best_iteration = nearest_state, nearest, 0
         return {"nearest": float(nearest.mean()), "learned": float(learned.mean()), "best_iteration": best_iteration}
 
+    def _losses(self, output: PartState, exact: PartState) -> Tensor:
+        """Of each window, [windows], float32 or wider."""
+        return output.errors(exact, self._options.objective).mean(1)
+
     def _all_losses(self) -> Tensor:
         """Of all windows, those of other processes included."""
-        losses = _losses(self._state, self._exact)
+        losses = self._losses(self._state, self._exact)
         if not self._shared:
             return losses
         everyones = losses.new_zeros(len(self.windows))
@@ -138,7 +142,7 @@ class _AutoRound(BlockMethod):
         for part in torch.split(batch, self._at_once) if len(batch) else ():
             with torch.enable_grad():
                 output = self._run(inputs, part)
-                loss = _losses(output, self._exact.rows(part)).sum()
+                loss = self._losses(output, self._exact.rows(part)).sum()
                 # Only signs count: the sum over tokens and channels instead of the mean keeps gradients in float16's range.
                 (loss * output.hidden[0].numel()).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
@@ -211,11 +215,6 @@ class _LearningBlock:
 def _quantizer(linear: QuantizedLinear) -> Quantizer:
     assert linear.weight_quantizer is not None
     return linear.weight_quantizer
-
-
-def _losses(output: PartState, exact: PartState) -> Tensor:
-    """Mean squared error of each window, [windows], float32 or wider."""
-    return (output.residual() - exact.residual()).square().mean((1, 2))
 
 
 @dataclass(frozen=True)

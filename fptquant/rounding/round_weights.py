@@ -168,7 +168,11 @@ def _clip_(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any
 def _autoround_(model: PreTrainedModel, windows: Tensor, config: Config, **pass_: Any) -> dict[str, Any]:
     settings = config.rounding
     options = AutoRoundOptions(
-        iterations=settings.iterations, batch=settings.batch, lr=settings.lr, learn_clipping=settings.learn_clipping
+        iterations=settings.iterations,
+        batch=settings.batch,
+        lr=settings.lr,
+        learn_clipping=settings.learn_clipping,
+        objective=settings.objective,
     )
     found = round_autoround_(model, windows, options, seed=config.seed, **pass_)
     return {"seconds": found.seconds, "blocks": {name: asdict(report) for name, report in found.blocks.items()}}

@@ -79,11 +79,7 @@ class BlockStudent(Student):
         data = self._data
         with torch.autocast(rows.device.type, torch.bfloat16, enabled=self.settings.autocast == "bfloat16"):
             output = data.decoder.run(data.tokens[rows], data.inputs.rows(rows))
-        target = data.targets.rows(rows).residual()
-        squared = (output.residual() - target).square().mean(-1)
-        if self.settings.objective == "mse":
-            return squared
-        return squared / target.square().mean(-1).clamp(min=torch.finfo(target.dtype).tiny)
+        return output.errors(data.targets.rows(rows), self.settings.objective)
 
     @torch.no_grad()
     def nonfinite_source(self, numbers: Tensor) -> str | None:

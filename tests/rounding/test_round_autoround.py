@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -53,10 +53,11 @@ def output_of(model: PreTrainedModel, block: BlockView, *, exact: bool, windows:
     return found[0]
 
 
-def errors(found: PartState, exact: PartState) -> Tensor:
-    """Mean squared error of the true residual, of each window."""
+def errors(found: PartState, exact: PartState, *, relative: bool = False) -> Tensor:
+    """Mean squared error of the true residual, of each window; of each token in proportion to its own size, or not."""
     ours, theirs = (state.hidden if state.running_scale is None else state.hidden * state.running_scale for state in (found, exact))
-    return (ours - theirs).square().mean((1, 2))
+    squared = (ours - theirs).square().mean(-1)
+    return (squared / theirs.square().mean(-1) if relative else squared).mean(1)
 
 
 @pytest.mark.parametrize(("architecture", "options"), CASES, ids=str)
@@ -83,12 +84,12 @@ def test_blocks_come_closer_to_full_precision(architecture: str, options: dict[s
 
 def word_for_word(model: PreTrainedModel, options: AutoRoundOptions, seed: int) -> dict[str, Tensor]:
     """The paper's algorithm with passes of the whole model and autograd from the loss to offsets and ratios."""
-    blocks = view_model(model).blocks
+    blocks, relative = view_model(model).blocks, options.objective == "relative_mse"
     with torch.no_grad():
         targets = [output_of(model, block, exact=True) for block in blocks]
     for block, target in zip(blocks, targets, strict=True):
         with torch.no_grad():
-            nearest = errors(output_of(model, block, exact=False), target)
+            nearest = errors(output_of(model, block, exact=False), target, relative=relative)
         linears = [linear for _, linear in block.linears()]
         exact = [linear.weight.detach().clone() for linear in linears]
         edges = [[(edge - q.zero_point)[:, None] * q.scale[:, None] for edge in (q.grid.qmin, q.grid.qmax)]
@@ -105,7 +106,8 @@ def word_for_word(model: PreTrainedModel, options: AutoRoundOptions, seed: int) 
                 for part in parts:
                     part.requires_grad_(True)
                 linear.weight = signround(weight, low, high, *parts, linear.weight_quantizer.grid)
-            loss = errors(output_of(model, block, exact=False, windows=WINDOWS[batch]), PartState(target.hidden[batch])).sum()
+            output = output_of(model, block, exact=False, windows=WINDOWS[batch])
+            loss = errors(output, PartState(target.hidden[batch]), relative=relative).sum()
             loss.backward()
             share = float(loss.detach() / nearest[batch].sum())
             if share < least:
@@ -124,9 +126,10 @@ def word_for_word(model: PreTrainedModel, options: AutoRoundOptions, seed: int) 
     return {name: value for name, value in model.named_parameters() if name.endswith("proj.weight")}
 
 
+@pytest.mark.parametrize("objective", ["mse", "relative_mse"])
 @pytest.mark.parametrize("prefix", [False, True])
-def test_it_is_the_paper_s_algorithm(prefix: bool) -> None:
-    options = AutoRoundOptions(iterations=6, batch=3, lr=0.13)
+def test_it_is_the_paper_s_algorithm(prefix: bool, objective: Literal["mse", "relative_mse"]) -> None:
+    options = AutoRoundOptions(iterations=6, batch=4, lr=0.07, objective=objective)
     model, other = (prepared("Qwen2ForCausalLM", prefix=prefix) for _ in range(2))
     start = {name: value.clone() for name, value in model.named_parameters()}
     round_autoround_(model, WINDOWS, options, seed=4)
