@@ -37,7 +37,7 @@ static inline struct LOCAL(qparams) LOCAL(qparams_of)(const COMPUTE los[FPTQ_LAN
     COMPUTE scale = symmetric ? (hi > -lo ? hi : -lo) / qmax : hi / (qmax - qmin) - lo / (qmax - qmin);
     scale *= (COMPUTE)STRETCH;
     scale = scale == 0 ? (hi == lo ? 1 : MIN_NORMAL) : scale < MIN_NORMAL ? MIN_NORMAL : scale;
-    COMPUTE zero_point = symmetric ? 0 : RINT(qmin - lo / scale);
+    COMPUTE zero_point = RINT(qmin - lo / scale);
     zero_point = zero_point < qmin ? qmin : zero_point;
     zero_point = zero_point > qmax ? qmax : zero_point;
     return (struct LOCAL(qparams)){scale, symmetric ? 0 : zero_point};

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -71,7 +71,9 @@ class RangeConfig(StrictModel):
     percentile: float = Field(default=99.99, gt=50, le=100, description="share of values inside the range (percentile)")
     candidates: int = Field(default=80, ge=2, le=1000, description="clipping ratios that are tried (mse, lp)")
     lowest_ratio: float = Field(default=0.3, gt=0, lt=1, description="smallest clipping ratio that is tried (mse, lp)")
-    clip_ratio: float = Field(default=1.0, gt=0, le=1, description="share of each token's range that is covered (dynamic), or auto")
+    clip_ratio: float = Field(
+        default=1.0, gt=0, le=1, description="share of each token's range that is covered (dynamic); auto: by the bits"
+    )
 
 
 class WeightConfig(StrictModel):
@@ -91,21 +93,36 @@ def _fill_granularity(data: Any, static: str) -> Any:
     return data
 
 
-AUTO_CLIP_RATIO: Final = "auto"
-"""A share of each token's range that fits the bits: see `_fill_clip_ratio`."""
+_NARROW = {"activation": 0.9, "kv_cache": 0.95}
+"""What ``clip_ratio: auto`` stands for with 4 bits or fewer, whose steps become finer by what is clipped."""
 
 
-def _fill_clip_ratio(data: Any, narrow: float) -> Any:
-    """``auto`` means ``narrow`` for grids of 4 bits or fewer, whose steps become finer by what is clipped, and all above.
+def _with_clip_ratio(settings: Any, part: str, bits: Any, dynamic: Any) -> Any:
+    """A range's settings with a number for ``clip_ratio: auto``: 1 for dynamic grids of more than 4 bits."""
+    if not isinstance(settings, dict) or settings.get("clip_ratio") != "auto":
+        return settings
+    whole = dynamic is True and isinstance(bits, int) and bits > 4
+    return {**settings, "clip_ratio": 1.0 if whole else _NARROW[part]}
 
-    Static ranges do not read it.
-    """
-    given = data.get("range") if isinstance(data, dict) else None
-    if not isinstance(given, dict) or given.get("clip_ratio") != AUTO_CLIP_RATIO:
-        return data
-    bits = data.get("bits")
-    whole = data.get("dynamic") is True and isinstance(bits, int) and bits > 4
-    return {**data, "range": {**given, "clip_ratio": 1.0 if whole else narrow}}
+
+def _fill_part(data: Any, part: str, granularity: str) -> Any:
+    """What a part leaves to be filled in: its granularity, and the share of each token's range."""
+    data = _fill_granularity(data, granularity)
+    if isinstance(data, dict) and "range" in data:
+        return {**data, "range": _with_clip_ratio(data["range"], part, data.get("bits"), data.get("dynamic"))}
+    return data
+
+
+def _fill_override(site: str, override: Any, parts: dict[str, Any]) -> Any:
+    """A site of other bits than its part, whose share of each token's range is ``auto``, has a range of its own."""
+    name = "kv_cache" if site in CACHE_SITES else "activation"
+    part = parts.get(name)
+    if not isinstance(override, dict) or not isinstance(part, dict):
+        return override
+    own = part.get("range") if part.get("dynamic") is True and "bits" in override else None
+    given = override.get("range", own)
+    filled = _with_clip_ratio(given, name, override.get("bits", part.get("bits")), part.get("dynamic"))
+    return override if filled == given else {**override, "range": filled}
 
 
 class ActivationConfig(StrictModel):
@@ -126,8 +143,8 @@ class ActivationConfig(StrictModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_granularity(cls, data: Any) -> Any:
-        return _fill_clip_ratio(_fill_granularity(data, "per_tensor"), 0.9)
+    def _fill(cls, data: Any) -> Any:
+        return _fill_part(data, "activation", "per_tensor")
 
 
 class KVCacheConfig(StrictModel):
@@ -143,8 +160,8 @@ class KVCacheConfig(StrictModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_granularity(cls, data: Any) -> Any:
-        return _fill_clip_ratio(_fill_granularity(data, "per_head"), 0.95)
+    def _fill(cls, data: Any) -> Any:
+        return _fill_part(data, "kv_cache", "per_head")
 
 
 class SiteOverride(StrictModel):
@@ -184,6 +201,14 @@ class QuantizationConfig(StrictModel):
     full_precision_tokens: int = Field(default=0, ge=0, description="first tokens of a text kept in full precision")
     prefix: PrefixSetting = Field(default=None, description="tokens whose keys and values stand before every text")
     overrides: dict[SitePoint, SiteOverride] = Field(default={})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        overrides = data.get("overrides") if isinstance(data, dict) else None
+        if not isinstance(overrides, dict):
+            return data
+        return {**data, "overrides": {site: _fill_override(site, override, data) for site, override in overrides.items()}}
 
     @property
     def label(self) -> str:

@@ -50,7 +50,9 @@ def quantized_attention(
     softmax_quantizer = module.softmax_quantizer
     library: Callable[..., tuple[Tensor, Any]] = partial(sdpa_attention_forward, module, dropout=dropout, scaling=scaling, **kwargs)
     fused = not isinstance(softmax_quantizer, Quantizer) or softmax_quantizer.mode == "off"
-    if fused and prefix is not None and attention_mask is None and query.shape[2] > 1:
+    # a GPU's kernels for grouped queries without a mask want half precision; else they would keep all scores
+    suits = not query.is_cuda or query.dtype in (torch.float16, torch.bfloat16)
+    if fused and prefix is not None and attention_mask is None and query.shape[2] > 1 and suits:
         return _causal_behind_prefix(library, prefix, query, key, value), None
     if prefix is not None:
         key, value, attention_mask = put_prefix_first(prefix, query, key, value, attention_mask)

@@ -57,7 +57,7 @@ def _dynamic_backward(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tu
     x, left, right, clip, scale, zero = ctx.saved_tensors
     wanted = ctx.needs_input_grad[0]
     dx, dleft, dright, dscale, _ = _fused_backward(dy.contiguous(), x, left, right, scale, zero, *ctx.options, wanted)
-    dclip = (dscale * scale).sum(dtype=torch.float64).to(clip.dtype) / clip if clip.numel() else None
+    dclip = (dscale * scale).sum(dtype=torch.float64).to(clip.dtype) / clip if ctx.needs_input_grad[3] else None
     return dx if wanted else None, dleft, dright, dclip, *(None,) * 5
 
 

@@ -282,7 +282,11 @@ def kronecker_fake_quant(
 ) -> Tensor:
     """fake_quant(kronecker(x)), one scale for all or one for each row; no rounding in between."""
     y = _kronecker_blocks(x, left, right)[1]
-    return fake_quant(y, scale, zero_point, 1, scale.numel(), y.numel() // scale.numel(), qmin, qmax).reshape(x.shape).to(x.dtype)
+    return (
+        fake_quant(y, scale, zero_point, 1, scale.numel(), y.numel() // max(scale.numel(), 1), qmin, qmax)
+        .reshape(x.shape)
+        .to(x.dtype)
+    )
 
 
 def kronecker_fake_quant_backward(
@@ -299,7 +303,7 @@ def kronecker_fake_quant_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx or absent, dleft, dright, dscale, dzero_point)."""
     y = _kronecker_blocks(x, left, right)[1]
-    wide_dy, inner = dy.to(y.dtype).reshape(y.shape), y.numel() // scale.numel()
+    wide_dy, inner = dy.to(y.dtype).reshape(y.shape), y.numel() // max(scale.numel(), 1)
     dtransformed, dscale, dzero = fake_quant_backward(wide_dy, y, scale, zero_point, 1, scale.numel(), inner, qmin, qmax)
     return *kronecker_backward(dtransformed.reshape(x.shape), x, left, right, x_gradient), dscale, dzero
 

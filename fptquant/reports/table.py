@@ -125,8 +125,13 @@ def _percent(share: float) -> str:
 
 
 def _published(row: Row) -> str:
-    difference = f" ({row.difference:+.2f})" if row.difference is not None else ""
+    difference = f" ({_difference(row)})" if _difference(row) else ""
     return _optional(row.published, lambda value: format_perplexity(value) + difference)
+
+
+def _difference(row: Row) -> str:
+    """From what is published; nothing where the measured value is not shown with decimals."""
+    return "" if row.difference is None or _perplexity(row) >= 1000 else f"{row.difference:+.2f}"
 
 
 def _mebibytes(size: int | None) -> str:
@@ -278,7 +283,8 @@ def csv_table(rows: Sequence[Row]) -> str:
 def latex_table(rows: Sequence[Row], *, title: str, state: str = "") -> str:
     """A table for a paper (packages booktabs): methods down, models and settings across, perplexity in the cells.
 
-    The best of a column is bold; a published value stands in parentheses. Cells that failed say so; those not run are dashes.
+    The best of a column is bold; a published value stands in parentheses, with how far the measured one is from
+    it. Cells that failed say so; those not run are dashes.
 
     Args:
         state: what is missing, if anything is.
@@ -317,7 +323,7 @@ def _latex_cell(row: Row | None, *, best: bool) -> str:
     if row.evaluation is not None:
         measured = _latex(format_perplexity(row.evaluation.perplexity))
         shown = rf"\textbf{{{measured}}}" if best else measured
-    difference = "" if row.difference is None else f", ${row.difference:+.2f}$"
+    difference = f", ${_difference(row)}$" if _difference(row) else ""
     published = "" if row.published is None else f"({_latex(format_perplexity(row.published))}{difference})"
     return f"{shown} {published}".strip() or "--"
 

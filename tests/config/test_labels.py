@@ -76,6 +76,22 @@ def test_grids_of_more_than_4_bits_cover_all_of_a_tokens_range(label: str, share
         assert (quantization.activation.range.clip_ratio, quantization.kv_cache.range.clip_ratio) == shares
 
 
+def test_a_site_of_other_bits_has_its_own_share() -> None:
+    def share(site: str, *overrides: str) -> float | None:
+        found = load_config("rtn", *overrides).quantization.overrides[site].range  # type: ignore[index]
+        return None if found is None else found.clip_ratio
+
+    assert share("down_in", "quantization=w4a4kv4-dynamic", "quantization.overrides={down_in: {bits: 8}}") == 1.0
+    assert share("k_cache", "quantization=w4a8kv8-dynamic", "quantization.overrides={k_cache: {bits: 4}}") == 0.95
+    given = "quantization.overrides={down_in: {bits: 8, range: {clip_ratio: auto}}}"
+    assert share("down_in", "quantization=w4a4kv4-dynamic", given) == 1.0
+    given = given.replace("auto", "0.7")
+    assert share("down_in", "quantization=w4a4kv4-dynamic", given) == 0.7
+    assert (
+        share("down_in", "quantization=w4a4kv4-static", "quantization.overrides={down_in: {bits: 8}}") is None
+    )  # nothing reads it
+
+
 def test_a_given_share_of_a_tokens_range_wins() -> None:
     share = "quantization.activation.range.clip_ratio"
     assert load_config("rtn", "quantization=w4a8kv8-dynamic", f"{share}=0.8").quantization.activation.range.clip_ratio == 0.8

@@ -316,5 +316,28 @@ def test_causal_attention_behind_a_prefix_is_that_with_a_mask(keys: int) -> None
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_attention_behind_a_prefix_has_no_mask_unless_a_batch_has_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[Tensor | None] = []
+
+    def noted(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **rest: Any) -> Any:
+        masks.append(mask)
+        return sdpa_attention_forward(module, query, key, value, mask, **rest)
+
+    monkeypatch.setattr("fptquant.models.attention.sdpa_attention_forward", noted)
+    model = tiny_model("LlamaForCausalLM")
+    instrument(model, setting(8, prefix=PREFIX))
+    compute_prefix_(model, PREFIX)
+    masks.clear()
+    tokens = token_ids()
+    model(tokens)
+    assert masks
+    assert all(mask is None for mask in masks)
+    masks.clear()
+    padded = torch.ones_like(tokens)
+    padded[0, :3] = 0
+    model(tokens, attention_mask=padded)
+    assert all(mask is not None for mask in masks)
+
+
 def test_an_empty_prefix_is_none() -> None:
     assert Prefix().length == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -172,6 +173,17 @@ def test_fused_with_ranges_of_rows_equals_reference(dtype: torch.dtype, sizes: t
     steps = ((actual[0] - expected[0]).abs() / expected[1]).to(torch.float64)
     assert (steps > 0.05).double().mean() < 0.01
     assert steps.max() < 1.1
+
+
+@pytest.mark.parametrize("operators", [torch.ops.fptquant, reference], ids=["C", "reference"])
+def test_no_rows_at_all(operators: Any) -> None:
+    x, (left, right), none = torch.zeros(0, 12), factors((3, 4), torch.float32), torch.empty(0)
+    y, scale, zero = operators.kronecker_fake_quant_dynamic(x, left, right, none, 0.9, False, 0, 0, 15)
+    assert y.shape == x.shape
+    assert scale.shape == zero.shape == (0, 1)
+    gradients = operators.kronecker_fake_quant_backward(x, x, left, right, scale, zero, 0, 0, 15, True)
+    assert [tuple(gradient.shape) for gradient in gradients[:4]] == [(0, 12), (3, 3), (4, 4), (0, 1)]
+    assert not gradients[1].any()
 
 
 def test_opcheck_with_ranges_of_rows() -> None:

@@ -503,6 +503,8 @@ def test_latex_tells_a_failed_cell_from_one_that_was_not_run() -> None:
     assert r"method & w4a16 & w4a4-static \\" in text
     assert r"rtn & \textbf{29.20} & failed \\" in text
     assert r"gptq & failed (8.56) & -- \\" in text
+    broken = replace(rows[0], evaluation=replace(measured, perplexity=float("inf")), published=8.56)
+    assert r"rtn & \textbf{infinite} (8.56) \\" in latex_table([broken], title="t")
     assert r"awq & -- & \textbf{29.20} \\" in text
 
 
