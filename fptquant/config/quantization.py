@@ -119,7 +119,7 @@ def _fill_override(site: str, override: Any, parts: dict[str, Any]) -> Any:
     part = parts.get(name)
     if not isinstance(override, dict) or not isinstance(part, dict):
         return override
-    own = part.get("range") if part.get("dynamic") is True and "bits" in override else None
+    own = part.get("range") if part.get("dynamic") is True and override.get("bits") not in (None, 16) else None
     given = override.get("range", own)
     filled = _with_clip_ratio(given, name, override.get("bits", part.get("bits")), part.get("dynamic"))
     return override if filled == given else {**override, "range": filled}
