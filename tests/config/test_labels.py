@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fptquant.config.labels import EXAMPLE_LABELS, canonical_label, expand_label
-from fptquant.config.loading import load_config
+from fptquant.config.loading import dump_config, load_config
 from fptquant.config.quantization import QuantizationConfig
 from fptquant.errors import UserError
 
@@ -87,9 +89,16 @@ def test_a_site_of_other_bits_has_its_own_share() -> None:
     assert share("down_in", "quantization=w4a4kv4-dynamic", given) == 1.0
     given = given.replace("auto", "0.7")
     assert share("down_in", "quantization=w4a4kv4-dynamic", given) == 0.7
-    assert (
-        share("down_in", "quantization=w4a4kv4-static", "quantization.overrides={down_in: {bits: 8}}") is None
-    )  # nothing reads it
+    unread = {"{bits: 8}": "w4a4kv4-static", "{bits: 16}": "w4a4kv4-dynamic", "{full_precision_tokens: 1}": "w4a4kv4-dynamic"}
+    for override, setting in unread.items():
+        assert share("down_in", f"quantization={setting}", f"quantization.overrides={{down_in: {override}}}") is None
+
+
+def test_sites_of_other_bits_survive_a_round_trip(tmp_path: Path) -> None:
+    overrides = "quantization.overrides={down_in: {bits: 8}, k_cache: {bits: 16}, o_in: {full_precision_tokens: 1}}"
+    config = load_config("rtn", "quantization=w4a4kv4-dynamic", overrides)
+    (tmp_path / "saved.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "saved.yaml") == config
 
 
 def test_a_given_share_of_a_tokens_range_wins() -> None:
