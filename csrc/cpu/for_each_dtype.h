@@ -1,7 +1,8 @@
 /*
  * Includes FPTQ_FILE once per dtype. Inside it: STORAGE and COMPUTE are types, LOAD(v) and STORE(v) convert between them,
- * RINT, FABS, SQRT work on COMPUTE, KERNEL(op) names an exported kernel, LOCAL(name) a static helper.
- * There is no include guard on purpose: each kernel file includes this once, and this includes the kernel file four times.
+ * RINT, FABS, SQRT work on COMPUTE, whose largest and least normal numbers are LARGEST and LEAST (float.h), KERNEL(op) names an
+ * exported kernel, LOCAL(name) a static helper. There is no include guard on purpose: each kernel file includes this once, and this
+ * includes the kernel file four times.
  */
 #include "dtypes.h"
 #include "kernels.h"
@@ -20,6 +21,8 @@
 #define RINT(v) rint(v)
 #define FABS(v) fabs(v)
 #define SQRT(v) sqrt(v)
+#define LARGEST DBL_MAX
+#define LEAST DBL_MIN
 #include FPTQ_FILE
 #undef DTYPE
 #undef STORAGE
@@ -29,11 +32,15 @@
 #undef RINT
 #undef FABS
 #undef SQRT
+#undef LARGEST
+#undef LEAST
 
 #define COMPUTE float
 #define RINT(v) rintf(v)
 #define FABS(v) fabsf(v)
 #define SQRT(v) sqrtf(v)
+#define LARGEST FLT_MAX
+#define LEAST FLT_MIN
 
 #define DTYPE f32
 #define STORAGE float
@@ -68,3 +75,5 @@
 #undef RINT
 #undef FABS
 #undef SQRT
+#undef LARGEST
+#undef LEAST

@@ -73,38 +73,16 @@ static void LOCAL(compute_products)(struct LOCAL(products) * block, COMPUTE *con
     }
 }
 
-/* The scale and zero point of a block of y, its padding of zeros included. */
+/* The scale and zero point of a block of y. What a last chunk reads behind it is a row of y once more (multiply.h). */
 static void LOCAL(choose_block_qparams)(const COMPUTE *y, const struct fptq_kronecker_forward *args, int64_t index)
 {
-    const int64_t size = args->rows * PADDED(args->columns), whole = size / FPTQ_LANES * FPTQ_LANES;
-    COMPUTE los[FPTQ_LANES] = {0}, his[FPTQ_LANES] = {0}, rest[FPTQ_LANES] = {0};
-    for (int64_t i = 0; i < whole; i += FPTQ_LANES) {
+    COMPUTE los[FPTQ_LANES] = {0}, his[FPTQ_LANES] = {0};
+    for (int64_t i = 0; i < args->rows * PADDED(args->columns); i += FPTQ_LANES) {
         LOCAL(widen_range)(los, his, y + i);
     }
-    for (int64_t i = whole; i < size; i++) {
-        rest[i - whole] = y[i];
-    }
-    LOCAL(widen_range)(los, his, rest);
     const struct LOCAL(qparams) found = LOCAL(qparams_of)(los, his, (COMPUTE)args->clip_ratio, args->symmetric, args->grid);
     ((COMPUTE *)args->dynamic_scale)[index] = args->clip ? found.scale * *(const COMPUTE *)args->clip : found.scale;
     ((COMPUTE *)args->dynamic_zero_point)[index] = found.zero_point;
-}
-
-/* y <- fake_quant(y), the formula of fake_quant.c. */
-static void LOCAL(quantize_block)(COMPUTE *y, const struct fptq_kronecker_forward *args, int64_t index)
-{
-    const bool dynamic = args->dynamic_scale != NULL;
-    const struct LOCAL(quantizer) quantizer =
-        LOCAL(quantizer_of)(dynamic ? args->dynamic_scale : args->scale, dynamic ? args->dynamic_zero_point : args->zero_point,
-                            !dynamic && args->scales == 1 ? 0 : index, args->grid);
-    for (int64_t i = 0; i < args->rows * PADDED(args->columns); i += LANES) {
-        for (int l = 0; l < LANES; l++) {
-            COMPUTE q = RINT(y[i + l] / quantizer.scale) + quantizer.zero_point;
-            q = q < quantizer.qmin ? quantizer.qmin : q;
-            q = q > quantizer.qmax ? quantizer.qmax : q;
-            y[i + l] = (q - quantizer.zero_point) * quantizer.scale;
-        }
-    }
 }
 
 void KERNEL(kronecker_forward)(int64_t begin, int64_t end, const void *context)
@@ -127,8 +105,12 @@ void KERNEL(kronecker_forward)(int64_t begin, int64_t end, const void *context)
         if (args->dynamic_scale) {
             LOCAL(choose_block_qparams)(block.y, args, index);
         }
-        if (args->scale || args->dynamic_scale) {
-            LOCAL(quantize_block)(block.y, args, index);
+        if (args->scale) {
+            const struct LOCAL(quantizer) quantizer =
+                LOCAL(quantizer_of)(args->scale, args->zero_point, args->scales == 1 ? 0 : index, args->grid);
+            for (int64_t i = 0; i < rows * PADDED(columns); i += FPTQ_LANES) {
+                LOCAL(quantize_chunk)(block.y + i, quantizer);
+            }
         }
         LOCAL(store_block)((STORAGE *)args->y + index * rows * columns, block.y, rows, columns);
     }

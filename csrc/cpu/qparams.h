@@ -4,8 +4,6 @@
  */
 #ifndef STRETCH
 #define STRETCH 1.000345266983001243908
-#define MAX_VALUE (sizeof(COMPUTE) == sizeof(double) ? (COMPUTE)DBL_MAX : (COMPUTE)FLT_MAX)
-#define MIN_NORMAL (sizeof(COMPUTE) == sizeof(double) ? (COMPUTE)DBL_MIN : (COMPUTE)FLT_MIN)
 #endif
 
 struct LOCAL(qparams) {
@@ -16,7 +14,7 @@ struct LOCAL(qparams) {
 static inline void LOCAL(widen_range)(COMPUTE los[FPTQ_LANES], COMPUTE his[FPTQ_LANES], const COMPUTE values[FPTQ_LANES])
 {
     for (int l = 0; l < FPTQ_LANES; l++) {
-        const COMPUTE finite = FABS(values[l]) <= MAX_VALUE ? values[l] : 0;
+        const COMPUTE finite = FABS(values[l]) <= LARGEST ? values[l] : 0;
         los[l] = finite < los[l] ? finite : los[l];
         his[l] = finite > his[l] ? finite : his[l];
     }
@@ -36,7 +34,7 @@ static inline struct LOCAL(qparams) LOCAL(qparams_of)(const COMPUTE los[FPTQ_LAN
     hi *= clip_ratio;
     COMPUTE scale = symmetric ? (hi > -lo ? hi : -lo) / qmax : hi / (qmax - qmin) - lo / (qmax - qmin);
     scale *= (COMPUTE)STRETCH;
-    scale = scale == 0 ? (hi == lo ? 1 : MIN_NORMAL) : scale < MIN_NORMAL ? MIN_NORMAL : scale;
+    scale = scale == 0 ? (hi == lo ? 1 : LEAST) : scale < LEAST ? LEAST : scale;
     COMPUTE zero_point = RINT(qmin - lo / scale);
     zero_point = zero_point < qmin ? qmin : zero_point;
     zero_point = zero_point > qmax ? qmax : zero_point;

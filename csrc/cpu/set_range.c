@@ -21,7 +21,6 @@
 void KERNEL(range_minmax)(int64_t begin, int64_t end, const void *context)
 {
     const struct fptq_range_minmax *args = context;
-    const COMPUTE largest = sizeof(COMPUTE) == sizeof(double) ? (COMPUTE)DBL_MAX : (COMPUTE)FLT_MAX;
     for (int64_t index = begin; index < end; index++) {
         const struct fptq_unit unit = fptq_unit_of(index, args->channels, args->inner);
         const STORAGE *restrict x_row = (const STORAGE *)args->x + unit.begin;
@@ -34,14 +33,14 @@ void KERNEL(range_minmax)(int64_t begin, int64_t end, const void *context)
         for (; i + FPTQ_LANES <= unit.length; i += FPTQ_LANES) {
             for (int l = 0; l < FPTQ_LANES; l++) {
                 const COMPUTE x = LOAD(x_row[i + l]);
-                const int finite = FABS(x) <= largest;
+                const int finite = FABS(x) <= LARGEST;
                 los[l] = finite && x < los[l] ? x : los[l];
                 his[l] = finite && x > his[l] ? x : his[l];
             }
         }
         for (int l = 0; i < unit.length; i++, l++) {
             const COMPUTE x = LOAD(x_row[i]);
-            const int finite = FABS(x) <= largest;
+            const int finite = FABS(x) <= LARGEST;
             los[l] = finite && x < los[l] ? x : los[l];
             his[l] = finite && x > his[l] ? x : his[l];
         }
@@ -91,7 +90,6 @@ void KERNEL(range_errors)(int64_t begin, int64_t end, const void *context)
 {
     const struct fptq_range_errors *args = context;
     const COMPUTE qmin = (COMPUTE)args->grid.qmin, qmax = (COMPUTE)args->grid.qmax, p = (COMPUTE)args->p;
-    const COMPUTE largest = sizeof(COMPUTE) == sizeof(double) ? (COMPUTE)DBL_MAX : (COMPUTE)FLT_MAX;
     const int kind = fptq_power_kind(args->p);
     _Alignas(64) COMPUTE x[FPTQ_BLOCK + FPTQ_LANES];
 
@@ -100,7 +98,7 @@ void KERNEL(range_errors)(int64_t begin, int64_t end, const void *context)
         const STORAGE *restrict x_row = (const STORAGE *)args->x + unit.begin;
         for (int64_t i = 0; i < unit.length; i++) {
             const COMPUTE value = LOAD(x_row[i]);
-            x[i] = FABS(value) <= largest ? value : 0; /* 0 has no error under any candidate */
+            x[i] = FABS(value) <= LARGEST ? value : 0; /* 0 has no error under any candidate */
         }
         const int64_t length = (unit.length + FPTQ_LANES - 1) / FPTQ_LANES * FPTQ_LANES;
         for (int64_t i = unit.length; i < length; i++) {

@@ -53,6 +53,11 @@ fptq_status fptq_kronecker_forward(const struct fptq_kronecker_forward *args)
     bool out_of_memory = false;
     struct fptq_kronecker_forward launched = *args;
     launched.out_of_memory = &out_of_memory;
+    if (args->dynamic_scale) { /* each block finds its own, then rounds with it as with a given one */
+        launched.scale = args->dynamic_scale;
+        launched.zero_point = args->dynamic_zero_point;
+        launched.scales = args->blocks;
+    }
     fptq_launch(FPTQ_KERNEL_kronecker_forward, args->dtype, args->blocks, cost_of(args), &launched);
     if (out_of_memory) {
         return fail_memory(op, args);
