@@ -35,20 +35,20 @@ def product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return (left @ rows @ right.T).reshape(x.shape)
 
 
-def product_quantized(x: Tensor, left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
+def rounded(y: Tensor, scale: Tensor) -> Tensor:
     """Straight-through for the values and LSQ for the scale, symmetric 4 bits."""
-    ratio = product(x, left, right) / scale
-    rounded = ratio + (ratio.round() - ratio).detach()
-    return rounded.clamp(-8, 7) * scale
+    ratio = y / scale
+    return (ratio + (ratio.round() - ratio).detach()).clamp(-8, 7) * scale
+
+
+def product_quantized(x: Tensor, left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
+    return rounded(product(x, left, right), scale)
 
 
 def product_quantized_dynamic(x: Tensor, left: Tensor, right: Tensor, clip: Tensor) -> Tensor:
-    """The same with the scale of each token's own range, times clip."""
+    """With the scale of each token's own range, times clip."""
     y = product(x, left, right)
-    scale = y.detach().abs().amax(-1, keepdim=True) / 7 * SCALE_STRETCH * clip
-    ratio = y / scale
-    rounded = ratio + (ratio.round() - ratio).detach()
-    return rounded.clamp(-8, 7) * scale
+    return rounded(y, y.detach().abs().amax(-1, keepdim=True) / 7 * SCALE_STRETCH * clip)
 
 
 GRID = IntegerGrid(4)

@@ -75,6 +75,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def row_values(x: Tensor) -> Tensor:
+    """An empty tensor for one value of each row of ``x``, [..., 1], in the dtype of computation."""
+    return x.new_empty((*x.shape[:-1], 1), dtype=compute_dtype(x))
+
+
 def absent(like: Tensor) -> Tensor:
     """A tensor without elements: stands for an optional tensor that was not given."""
     return like.new_empty(0, dtype=compute_dtype(like))

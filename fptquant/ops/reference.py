@@ -282,11 +282,8 @@ def kronecker_fake_quant(
 ) -> Tensor:
     """fake_quant(kronecker(x)), one scale for all or one for each row; no rounding in between."""
     y = _kronecker_blocks(x, left, right)[1]
-    return (
-        fake_quant(y, scale, zero_point, 1, scale.numel(), y.numel() // max(scale.numel(), 1), qmin, qmax)
-        .reshape(x.shape)
-        .to(x.dtype)
-    )
+    inner = y.numel() // max(scale.numel(), 1)
+    return fake_quant(y, scale, zero_point, 1, scale.numel(), inner, qmin, qmax).reshape(x.shape).to(x.dtype)
 
 
 def kronecker_fake_quant_backward(

@@ -125,13 +125,12 @@ def _percent(share: float) -> str:
 
 
 def _published(row: Row) -> str:
-    difference = f" ({_difference(row)})" if _difference(row) else ""
-    return _optional(row.published, lambda value: format_perplexity(value) + difference)
+    return _optional(row.published, lambda value: format_perplexity(value) + _difference(row, " ({})"))
 
 
-def _difference(row: Row) -> str:
-    """From what is published; nothing where the measured value is not shown with decimals."""
-    return "" if row.difference is None or _perplexity(row) >= 1000 else f"{row.difference:+.2f}"
+def _difference(row: Row, form: str) -> str:
+    """From what is published, in the form of the table; nothing where the measured value is not shown with decimals."""
+    return "" if row.difference is None or _perplexity(row) >= 1000 else form.format(f"{row.difference:+.2f}")
 
 
 def _mebibytes(size: int | None) -> str:
@@ -323,8 +322,7 @@ def _latex_cell(row: Row | None, *, best: bool) -> str:
     if row.evaluation is not None:
         measured = _latex(format_perplexity(row.evaluation.perplexity))
         shown = rf"\textbf{{{measured}}}" if best else measured
-    difference = f", ${_difference(row)}$" if _difference(row) else ""
-    published = "" if row.published is None else f"({_latex(format_perplexity(row.published))}{difference})"
+    published = "" if row.published is None else f"({_latex(format_perplexity(row.published))}{_difference(row, ', ${}$')})"
     return f"{shown} {published}".strip() or "--"
 
 
