@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from fptquant.evaluation.evaluate import build_reference, evaluate
     from fptquant.evaluation.zero_shot import evaluate_zero_shot
     from fptquant.models.loading import load_model
-    from fptquant.models.saving import load_calibrated
+    from fptquant.models.saving import CalibrationResult, load_calibrated
     from fptquant.reports.grid import make_table
     from fptquant.reports.report import write_report
-    from fptquant.stages.calibrate import CalibrationResult, calibrate
+    from fptquant.stages.calibrate import calibrate
     from fptquant.stages.stream import calibrate_streamed
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CalibrationResult": "fptquant.stages.calibrate",
+    "CalibrationResult": "fptquant.models.saving",
     "build_reference": "fptquant.evaluation.evaluate",
     "calibrate": "fptquant.stages.calibrate",
     "calibrate_streamed": "fptquant.stages.stream",

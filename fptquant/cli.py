@@ -106,7 +106,7 @@ def ls(debug: Debug = False) -> None:
     from fptquant.config.labels import EXAMPLE_LABELS
     from fptquant.config.loading import describe_config, shipped_configs
     from fptquant.data.text import TEXT_SOURCES
-    from fptquant.models.adapter import supported_architectures
+    from fptquant.models.architectures import supported_architectures
 
     shipped = {
         folder: {name: describe_config(path) for name, path in shipped_configs().items() if path.parent.name == folder}

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from fptquant.errors import UserError
-
-if TYPE_CHECKING:
-    from fptquant.config.quantization import QuantizationConfig
 
 _LABEL = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)(?:kv(?P<kv>\d+))?(?:-(?P<ranges>static|dynamic))?(?:-g(?P<group>\d+))?")
 
@@ -98,56 +94,3 @@ def canonical_label(label: str) -> str:
         cache_dynamic=parts["kv_cache"]["dynamic"],
         group_size=parts["weight"].get("group_size"),
     )
-
-
-def setting_notes(quantization: QuantizationConfig) -> Iterator[str]:
-    """Everything that no label says and a table of results must mention."""
-    if quantization.quantized_sites:
-        yield from _part_notes(quantization)
-    prefix = quantization.prefix
-    if isinstance(prefix, list) and quantization.has_prefix:
-        yield f"prefix of {_tokens(len(prefix))}"
-    elif quantization.has_prefix:
-        yield "automatic prefix" if prefix == AUTO_PREFIX else f"prefix {prefix!r}"
-    if quantization.quantized_sites:
-        yield from _override_notes(quantization)
-
-
-def _part_notes(quantization: QuantizationConfig) -> Iterator[str]:
-    """Of activations and cache."""
-    parts: tuple[Any, ...] = (quantization.activation, quantization.kv_cache)
-    if quantization.sites != "linears_kv" and any(part.bits < 16 for part in parts):
-        yield f"sites {quantization.sites}"
-    for what, part, usual in zip(("activations", "cache"), parts, ("per_tensor", "per_head"), strict=True):
-        if part.bits < 16 and not part.dynamic and part.granularity != usual:
-            yield f"{what} {_shared(part.granularity, part.group_size)}"
-    centered = [what for what, part in zip(("activations", "cache"), parts, strict=True) if part.bits < 16 and part.centered]
-    if centered:
-        yield f"{' and '.join(centered)} centered"
-    threshold = quantization.activation.outlier_threshold
-    if threshold is not None and quantization.activation.bits < 16:
-        yield f"channels from {threshold:g} in full precision"
-    if quantization.full_precision_tokens:
-        yield f"first {_tokens(quantization.full_precision_tokens)} in full precision"
-
-
-def _override_notes(quantization: QuantizationConfig) -> Iterator[str]:
-    """Of single sites."""
-    for site, override in quantization.overrides.items():
-        if override.bits is not None:
-            yield f"{site} at {override.bits} bits"
-        if site not in quantization.quantized_sites:
-            continue
-        if override.granularity is not None:
-            yield f"{site} {_shared(override.granularity, override.group_size)}"
-        if override.full_precision_tokens is not None:
-            yield f"first {_tokens(override.full_precision_tokens)} in full precision at {site}"
-
-
-def _shared(granularity: str, group_size: int | None) -> str:
-    groups = f" of {group_size}" if granularity == "per_group" and group_size is not None else ""
-    return granularity.replace("_", " ") + groups
-
-
-def _tokens(number: int) -> str:
-    return f"{number} token" + ("" if number == 1 else "s")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fptquant.config.quantization import CACHE_SITES
 from fptquant.config.schema import Config
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.ops.hadamard import hadamard_additions
 from fptquant.quantizers.sites import CENTERED_POINTS
 from fptquant.transforms.block_rotation import largest_divisor

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.models.quantized_linear import QuantizedLinear
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.models.hooks import hooked
 from fptquant.models.instrument import quantizers_off
 from fptquant.stages.progress import Progress, quiet

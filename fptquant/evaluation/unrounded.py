@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.models.instrument import quantized_linears
 from fptquant.models.saving import load_transforms
 from fptquant.quantizers.quantizer import Quantizer

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from fptquant.errors import UserError
-from fptquant.models.adapter import LINEAR_NAMES, BlockView, ModelView, view_model
+from fptquant.models.adapter import LINEAR_NAMES, BlockView, ModelView
+from fptquant.models.architectures import view_model
 from fptquant.models.attention import ATTENTION_NAME
 from fptquant.models.cache import quantize_cache
 from fptquant.models.context import ForwardContext, begin_pass, end_pass

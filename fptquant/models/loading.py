@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fptquant.errors import UserError
 from fptquant.hub import hub_can_be_reached
-from fptquant.models.adapter import adapter_for
+from fptquant.models.architectures import adapter_for
 from fptquant.models.quiet import quiet_weight_bars
 from fptquant.models.smollm2 import SMOLLM2_NAME, smollm2_folder
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fptquant.models.adapter import BlockView, ModelView, view_model
+from fptquant.models.adapter import BlockView, ModelView
+from fptquant.models.architectures import view_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

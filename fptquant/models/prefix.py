@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fptquant.errors import UserError
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.models.cache_argument import cache_argument
 from fptquant.models.context import ForwardContext
 from fptquant.models.heads import transform_keys

@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ from torch import Tensor
 from fptquant.config.loading import dump_config, load_config
 from fptquant.diagnostics import diagnostics
 from fptquant.errors import UserError
-from fptquant.models.adapter import model_sizes, view_model
+from fptquant.models.adapter import model_sizes
+from fptquant.models.architectures import view_model
 from fptquant.models.instrument import instrument_for, load_ranges_, range_tensors, set_modes
 from fptquant.models.loading import align_weights_
 from fptquant.models.prefix import Prefix, model_prefixes, prefix_length
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fptquant.config.schema import Config
-    from fptquant.stages.calibrate import CalibrationResult
 
 QUANTIZERS, TRANSFORMS, PREFIX = "quantizers.safetensors", "transforms.safetensors", "prefix.safetensors"
 MERGED, TRANSFORMED, HIDDEN_CONFIG = "merged", "transformed", "model_config.json"
@@ -80,23 +81,42 @@ def _disk_errors() -> Iterator[None]:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def save_calibrated(result: CalibrationResult, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Writes a calibrated model into ``folder``, whole or not at all.
+@dataclass(frozen=True)
+class CalibrationResult:
+    """A calibrated model, and how it came about."""
 
-    Raises:
-        UserError: if the folder holds another run, cannot be written, or the disk is full.
-    """
-    from huggingface_hub import save_torch_state_dict
-    from safetensors.torch import save_file
+    model: PreTrainedModel
+    """Full-precision weights with the transforms merged, or what rounding has made of them; quantizers simulate the setting in
+    every forward pass."""
+    tokenizer: PreTrainedTokenizerBase
+    config: Config
+    """As it was given, with the prefix as token ids."""
+    transforms: ModelTransforms
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Seconds of each stage, and what the stages report."""
 
-    with run_folder(folder, overwrite=overwrite) as partial:
-        weights = partial / (MERGED if result.fully_mergeable else TRANSFORMED)
-        weights.mkdir()
-        with _disk_errors():
-            save_torch_state_dict(_plain_state(result.model), weights)
-            save_file(range_tensors(result.model), partial / QUANTIZERS)
-        save_description(result, partial)
-    return Path(folder)
+    @property
+    def fully_mergeable(self) -> bool:
+        """Whether the transformed model is a plain model of the library's own class."""
+        return self.transforms.fully_mergeable
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes everything that ``fptquant.load_calibrated`` needs, whole or not at all; see `fptquant.models.saving`.
+
+        Raises:
+            UserError: if the folder holds another run, cannot be written, or the disk is full.
+        """
+        from huggingface_hub import save_torch_state_dict
+        from safetensors.torch import save_file
+
+        with run_folder(folder, overwrite=overwrite) as partial:
+            weights = partial / (MERGED if self.fully_mergeable else TRANSFORMED)
+            weights.mkdir()
+            with _disk_errors():
+                save_torch_state_dict(_plain_state(self.model), weights)
+                save_file(range_tensors(self.model), partial / QUANTIZERS)
+            save_description(self, partial)
+        return Path(folder)
 
 
 def save_description(result: CalibrationResult, folder: Path) -> None:

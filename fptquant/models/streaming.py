@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fptquant.errors import UserError
-from fptquant.models.adapter import ModelView, view_model
+from fptquant.models.adapter import ModelView
+from fptquant.models.architectures import view_model
 from fptquant.models.cache_argument import cache_argument
 from fptquant.models.context import ForwardContext
 from fptquant.models.loading import check_finite_weight

@@ -22,7 +22,7 @@ from fptquant.evaluation.sensitivity import Sensitivity, scan_sensitivity
 from fptquant.evaluation.sqnr import quantizer_sqnr
 from fptquant.evaluation.teacher import TeacherCache
 from fptquant.evaluation.unrounded import unround_, unrounded_weights_
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.models.loading import load_model
 from fptquant.models.saving import load_calibrated
 from fptquant.reports.experiment import DTYPES, PLOT_TOKENS

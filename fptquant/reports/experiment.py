@@ -21,8 +21,9 @@ from fptquant.evaluation.teacher import ProgressCallback, TeacherCache
 from fptquant.evaluation.zero_shot import ZeroShot, check_tokenizer, evaluate_zero_shot, kept_tasks
 from fptquant.evaluation.zero_shot_tasks import load_tasks, parse_tasks
 from fptquant.files import KeptFile, KeptFiles
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.models.loading import load_model
+from fptquant.models.saving import CalibrationResult
 from fptquant.reports.effort import EffortMeter
 from fptquant.reports.plots import plot_activations, plot_block_errors, plot_outliers
 from fptquant.reports.processes import resolve_device
@@ -39,7 +40,7 @@ from fptquant.reports.table import Row, markdown_table
 from fptquant.reports.unfinished_run import EVALUATION, check_run, config_files, lasting_run_folder, note_checkpoint
 from fptquant.reports.zero_shot import zero_shot_markdown
 from fptquant.rounding.round_weights import check_rounding, rounding_bytes
-from fptquant.stages.calibrate import CalibrationResult, calibrate, calibration_windows, check_model
+from fptquant.stages.calibrate import calibrate, calibration_windows, check_model
 from fptquant.stages.distributed import is_main, main_first, main_holds, on_main, world_size
 from fptquant.stages.find_prefix import check_prefix
 from fptquant.training.train import check_training

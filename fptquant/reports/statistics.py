@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fptquant.errors import UserError
 from fptquant.evaluation.places import PLACES, run_window, watching
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.models.hooks import hooked
 from fptquant.models.instrument import quantizers_off
 

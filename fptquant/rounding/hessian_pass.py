@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fptquant.errors import UserError
-from fptquant.models.adapter import LINEAR_NAMES, view_model
+from fptquant.models.adapter import LINEAR_NAMES
+from fptquant.models.architectures import view_model
 from fptquant.models.hooks import hooked
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.models.streaming import PartState

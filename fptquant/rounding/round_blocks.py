@@ -21,7 +21,8 @@ from fptquant.errors import UserError
 from fptquant.files import KeptFile, KeptFiles, read_file, to_bytes
 from fptquant.fingerprint import model_digest, tensors_digest
 from fptquant.memory import reused_memory
-from fptquant.models.adapter import LINEAR_NAMES, BlockView, view_model
+from fptquant.models.adapter import LINEAR_NAMES, BlockView
+from fptquant.models.architectures import view_model
 from fptquant.models.instrument import get_context
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.models.streaming import PartialDecoder

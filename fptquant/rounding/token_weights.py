@@ -29,7 +29,8 @@ from fptquant.errors import UserError
 from fptquant.evaluation.hidden import check_finite, logit_chunks, output_head
 from fptquant.files import KeptFile, KeptFiles, read_file, to_bytes
 from fptquant.fingerprint import model_digest, tensors_digest
-from fptquant.models.adapter import LINEAR_NAMES, view_model
+from fptquant.models.adapter import LINEAR_NAMES
+from fptquant.models.architectures import view_model
 from fptquant.models.hooks import hooked
 from fptquant.models.instrument import get_context, quantizers_off
 from fptquant.models.streaming import PartialDecoder, PartState

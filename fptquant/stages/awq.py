@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from fptquant import ops
 from fptquant.errors import UserError
-from fptquant.models.adapter import BlockView, view_model
+from fptquant.models.adapter import BlockView
+from fptquant.models.architectures import view_model
 from fptquant.models.hooks import hooked
 from fptquant.models.streaming import PartialDecoder
 from fptquant.quantizers.gptq import Hessian

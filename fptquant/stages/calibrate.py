@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -23,11 +23,12 @@ from fptquant.data.windows import check_window, token_windows
 from fptquant.files import WORTH_KEEPING
 from fptquant.fingerprint import tensors_digest, weights_digest
 from fptquant.float32_products import fast_float32_products
-from fptquant.models.adapter import model_sizes, view_model
+from fptquant.models.adapter import model_sizes
+from fptquant.models.architectures import view_model
 from fptquant.models.instrument import check_instrument, instrument_for, load_ranges_, range_tensors, set_modes
 from fptquant.models.loading import check_finite_weights
 from fptquant.models.prefix import compute_prefix_
-from fptquant.models.saving import save_calibrated
+from fptquant.models.saving import CalibrationResult
 from fptquant.quantizers.sites import weight_spec
 from fptquant.reports.progress import Progress
 from fptquant.rounding.round_weights import round_, rounding_data
@@ -52,34 +53,6 @@ from fptquant.transforms import ModelSizes, ModelTransforms, TransformOptions, b
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class CalibrationResult:
-    """A calibrated model, and how it came about."""
-
-    model: PreTrainedModel
-    """Full-precision weights with the transforms merged, or what rounding has made of them; quantizers simulate the setting in
-    every forward pass."""
-    tokenizer: PreTrainedTokenizerBase
-    config: Config
-    """As it was given, with the prefix as token ids."""
-    transforms: ModelTransforms
-    metrics: dict[str, Any] = field(default_factory=dict)
-    """Seconds of each stage, and what the stages report."""
-
-    @property
-    def fully_mergeable(self) -> bool:
-        """Whether the transformed model is a plain model of the library's own class."""
-        return self.transforms.fully_mergeable
-
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes everything that ``fptquant.load_calibrated`` needs, whole or not at all; see `fptquant.models.saving`.
-
-        Raises:
-            UserError: if the folder holds another run or cannot be written.
-        """
-        return save_calibrated(self, folder, overwrite=overwrite)
 
 
 def check_model(model: PreTrainedModel, config: Config) -> None:

@@ -19,7 +19,7 @@ from fptquant.config.labels import AUTO_PREFIX
 from fptquant.config.schema import Config
 from fptquant.data.windows import check_window
 from fptquant.errors import UserError
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.models.hooks import hooked
 from fptquant.models.prefix import check_prefix_length, check_prefix_model
 from fptquant.stages.progress import Progress, quiet

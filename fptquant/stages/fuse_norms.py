@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fptquant.errors import UserError
-from fptquant.models.adapter import BlockView, view_model
+from fptquant.models.adapter import BlockView
+from fptquant.models.architectures import view_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

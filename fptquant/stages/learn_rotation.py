@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from fptquant.errors import UserError
-from fptquant.models.adapter import ModelView, view_model
+from fptquant.models.adapter import ModelView
+from fptquant.models.architectures import view_model
 from fptquant.stages.merge_transforms import BLOCK_SIDES
 from fptquant.stages.progress import Progress, quiet
 from fptquant.transforms import ResidualRotation

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fptquant.errors import UserError
-from fptquant.models.adapter import BlockView, ModelView, view_model
+from fptquant.models.adapter import BlockView, ModelView
+from fptquant.models.architectures import view_model
 from fptquant.stages.fuse_norms import NORM_READERS
 from fptquant.stages.progress import Progress, quiet
 from fptquant.transforms import ModelTransforms, ResidualRotation, Transform

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from fptquant import ops
 from fptquant.errors import UserError
-from fptquant.models.adapter import BlockView, view_model
+from fptquant.models.adapter import BlockView
+from fptquant.models.architectures import view_model
 from fptquant.stages.block_pool import map_blocks
 from fptquant.stages.distributed import broadcast_, gathered, own, world_size
 from fptquant.stages.merge_transforms import check_block_count

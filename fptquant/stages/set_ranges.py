@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.models.instrument import iter_quantizers, quantized_linears, set_modes
 from fptquant.quantizers.quantizer import Mode, Quantizer
 from fptquant.quantizers.ranges import RangeSetter

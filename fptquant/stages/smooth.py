@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fptquant.errors import UserError
-from fptquant.models.adapter import BlockView, view_model
+from fptquant.models.adapter import BlockView
+from fptquant.models.architectures import view_model
 from fptquant.models.hooks import hooked
 from fptquant.stages.fuse_norms import NORM_READERS
 from fptquant.stages.merge_transforms import check_block_count

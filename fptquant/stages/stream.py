@@ -35,11 +35,12 @@ from fptquant.errors import UserError
 from fptquant.files import replace_file
 from fptquant.fingerprint import tensors_digest
 from fptquant.float32_products import fast_float32_products
-from fptquant.models.adapter import model_sizes, view_model
+from fptquant.models.adapter import model_sizes
+from fptquant.models.architectures import view_model
 from fptquant.models.instrument import get_context, instrument_for, range_tensors
 from fptquant.models.loading import check_finite_weight, load_tokenizer, local_folder
 from fptquant.models.prefix import fill_prefix_, model_prefixes, prefix_off
-from fptquant.models.saving import MERGED, QUANTIZERS, TRANSFORMED, save_description
+from fptquant.models.saving import MERGED, QUANTIZERS, TRANSFORMED, CalibrationResult, save_description
 from fptquant.models.shards import Checkpoint, ShardWriter, join_shards, read_rows, read_tensor, write_index, write_shard
 from fptquant.models.streaming import (
     PartialDecoder,
@@ -53,7 +54,7 @@ from fptquant.models.streaming import (
 from fptquant.quantizers.quantizer import Quantizer
 from fptquant.reports.progress import Progress
 from fptquant.reports.unfinished_run import CHECKPOINT, lasting_run_folder, stream_description
-from fptquant.stages.calibrate import CalibrationResult, calibration_windows, check_model
+from fptquant.stages.calibrate import calibration_windows, check_model
 from fptquant.stages.find_prefix import check_prefix, resolve_prefix, with_prefix
 from fptquant.stages.fuse_norms import fuse_block_, scale_columns_
 from fptquant.stages.merge_transforms import merge_block_

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.models.shards import Checkpoint
 from fptquant.models.streaming import PartialDecoder, PartState, empty_, fill_
 from fptquant.stages.find_prefix import is_massive

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

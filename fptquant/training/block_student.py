@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fptquant.config.training import BlockTrainingConfig
-from fptquant.models.adapter import LINEAR_NAMES, view_model
+from fptquant.models.adapter import LINEAR_NAMES
+from fptquant.models.architectures import view_model
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.models.streaming import PartialDecoder, PartState
 from fptquant.training.student import Student

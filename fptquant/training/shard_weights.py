@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.stages.distributed import world_size
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from fptquant import ops
 from fptquant.config.training import EndToEndConfig, OptimizationConfig
 from fptquant.evaluation.hidden import first_nonfinite_module
 from fptquant.fingerprint import tensors_digest
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.models.instrument import get_context, iter_quantizers, quantizers_off
 from fptquant.models.prefix import prefix_off
 from fptquant.quantizers.quantizer import Quantizer

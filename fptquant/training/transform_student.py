@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fptquant.config.training import TrainingConfig
-from fptquant.models.adapter import LINEAR_NAMES, view_model
+from fptquant.models.adapter import LINEAR_NAMES
+from fptquant.models.architectures import view_model
 from fptquant.models.merging import Merging
 from fptquant.models.prefix import model_prefixes
 from fptquant.models.quantized_linear import QuantizedLinear

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fptquant.config.loading import load_config
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.reports.experiment import DTYPES
 from fptquant.stages.calibrate import calibrate
 from fptquant.stages.progress import quiet

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fptquant.evaluation.sqnr import SITES, by_site, quantizer_sqnr
-from fptquant.models.adapter import LINEAR_NAMES, view_model
+from fptquant.models.adapter import LINEAR_NAMES
+from fptquant.models.architectures import view_model
 from fptquant.models.instrument import iter_quantizers
 from fptquant.quantizers.sites import BLOCK_POINTS
 from tests.models.prepare import quantized_model, setting

@@ -18,7 +18,7 @@ from fptquant.evaluation.sqnr import quantizer_sqnr
 from fptquant.evaluation.teacher import TeacherCache
 from fptquant.evaluation.unrounded import unround_, unrounded_weights_
 from fptquant.models.instrument import quantized_linears, quantizers_off
-from fptquant.stages.calibrate import CalibrationResult
+from fptquant.models.saving import CalibrationResult
 from tests.models.tiny import tiny_model, token_ids
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
 

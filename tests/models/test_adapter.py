@@ -8,7 +8,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from fptquant.errors import UserError
-from fptquant.models.adapter import LINEAR_NAMES, adapter_for, get_adapter, supported_architectures, view_model
+from fptquant.models.adapter import LINEAR_NAMES
+from fptquant.models.architectures import adapter_for, get_adapter, supported_architectures, view_model
 from fptquant.models.norm import RMSNorm, widen_norms_
 from tests.models.tiny import ARCHITECTURES, tiny_model, token_ids
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from fptquant.config.quantization import QuantizationConfig
 from fptquant.errors import UserError
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.models.decoder_layer import DecoderLayer
 from fptquant.models.instrument import get_context, instrument, iter_quantizers, set_modes
 from fptquant.models.norm import widen_norms_

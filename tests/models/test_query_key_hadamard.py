@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import fptquant as fq
 from fptquant.config.quantization import QuantizationConfig
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.models.instrument import get_context, instrument
 from fptquant.models.norm import widen_norms_
 from fptquant.models.prefix import compute_prefix_

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 import fptquant as fq
-from fptquant.stages.calibrate import CalibrationResult
+from fptquant.models.saving import CalibrationResult
 from tests.models.tiny import token_ids
 from tests.tiny_folder import save_tiny_folder
 

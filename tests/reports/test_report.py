@@ -21,7 +21,7 @@ from fptquant.data.windows import token_windows
 from fptquant.errors import UserError
 from fptquant.evaluation.metrics import sqnr_db
 from fptquant.evaluation.samples import continuations
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.reports import page as page_content
 from fptquant.reports import report
 from fptquant.reports.samples import visible

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fptquant.files import KeptFiles
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.quantizers.clip_range import clip_range_
 from fptquant.quantizers.gptq import GPTQOptions

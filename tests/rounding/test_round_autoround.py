@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant.errors import UserError
-from fptquant.models.adapter import BlockView, view_model
+from fptquant.models.adapter import BlockView
+from fptquant.models.architectures import view_model
 from fptquant.models.instrument import get_context, set_modes
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.models.streaming import PartState

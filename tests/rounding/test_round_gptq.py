@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fptquant.errors import UserError
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.models.instrument import instrument, iter_quantizers, set_modes
 from fptquant.models.prefix import compute_prefix_
 from fptquant.models.quantized_linear import QuantizedLinear

@@ -17,12 +17,12 @@ import fptquant as fq
 from fptquant.config.schema import Config
 from fptquant.files import KeptFiles
 from fptquant.models.quantized_linear import QuantizedLinear
+from fptquant.models.saving import CalibrationResult
 from fptquant.quantizers.autoround import LearnedRounding
 from fptquant.reports.progress import Progress
 from fptquant.rounding import round_gptq
 from fptquant.rounding.round_blocks import DESCRIPTION
 from fptquant.rounding.round_weights import FOLDER, damping_note
-from fptquant.stages.calibrate import CalibrationResult
 from tests.models.tiny import tiny_model, token_ids
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
 

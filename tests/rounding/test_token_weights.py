@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from fptquant.errors import UserError
 from fptquant.evaluation import hidden
 from fptquant.files import KeptFiles, read_file, to_bytes
-from fptquant.models.adapter import LINEAR_NAMES, view_model
+from fptquant.models.adapter import LINEAR_NAMES
+from fptquant.models.architectures import view_model
 from fptquant.models.hooks import hooked
 from fptquant.models.instrument import instrument, quantizers_off
 from fptquant.quantizers.gptq import GPTQOptions

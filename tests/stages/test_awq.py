@@ -11,7 +11,8 @@ from torch import Tensor
 import fptquant as fq
 from fptquant import ops
 from fptquant.errors import UserError
-from fptquant.models.adapter import BlockView, view_model
+from fptquant.models.adapter import BlockView
+from fptquant.models.architectures import view_model
 from fptquant.quantizers.grid import Granularity, IntegerGrid, PerChannel, PerGroup
 from fptquant.quantizers.range_method import RangeMethod
 from fptquant.stages.awq import find_scales_

@@ -10,7 +10,8 @@ import torch
 
 from fptquant.config.quantization import QuantizationConfig
 from fptquant.errors import UserError
-from fptquant.models.adapter import model_sizes, view_model
+from fptquant.models.adapter import model_sizes
+from fptquant.models.architectures import view_model
 from fptquant.models.instrument import instrument
 from fptquant.stages.merge_transforms import merge_transforms_
 from fptquant.transforms import TransformOptions, build_transforms

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fptquant as fq
 from fptquant.errors import UserError
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.stages.find_rotations import find_rotations_
 from fptquant.transforms import ModelTransforms, TransformOptions
 from fptquant.transforms.block_rotation import find_rotation

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fptquant.errors import UserError
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.stages.learn_rotation import learn_rotation_, relative_gradient, residual_weights, sample_rows
 from fptquant.stages.merge_transforms import rotate_residual_
 from fptquant.transforms import ResidualRotation

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fptquant.errors import UserError
-from fptquant.models.adapter import BlockView, model_sizes, view_model
+from fptquant.models.adapter import BlockView, model_sizes
+from fptquant.models.architectures import view_model
 from fptquant.stages.merge_transforms import merge_blocks_
 from fptquant.stages.optimize_local import (
     LocalOptions,

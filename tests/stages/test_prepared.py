@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 import fptquant as fq
 from fptquant.config.schema import Config
 from fptquant.models.instrument import range_tensors
+from fptquant.models.saving import CalibrationResult
 from fptquant.stages import calibrate as pipeline
 from fptquant.stages import find_prefix
-from fptquant.stages.calibrate import CalibrationResult
 from fptquant.stages.prepared import PREPARED
 from tests.models.tiny import tiny_model
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer

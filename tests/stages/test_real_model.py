@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.models.loading import load_model
 from fptquant.models.smollm2 import SMOLLM2_NAME, cache_folder
 from fptquant.stages.fuse_norms import fuse_norms_

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 import fptquant as fq
 from fptquant.config.schema import Config
 from fptquant.errors import UserError
-from fptquant.models.adapter import model_sizes, view_model
+from fptquant.models.adapter import model_sizes
+from fptquant.models.architectures import view_model
 from fptquant.models.norm import widen_norms_
 from fptquant.stages.merge_transforms import merge_transforms_
 from fptquant.stages.smooth import READERS, smooth_

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM
 
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.stages.untie import untie_
 from tests.models.tiny import tiny_model
 from tests.stages.transformed import logits

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fptquant.models.adapter import model_sizes, view_model
+from fptquant.models.adapter import model_sizes
+from fptquant.models.architectures import view_model
 from fptquant.models.norm import widen_norms_
 from fptquant.stages.fuse_norms import NORM_READERS, fuse_norms_
 from fptquant.stages.untie import untie_

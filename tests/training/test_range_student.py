@@ -14,9 +14,9 @@ from fptquant.config.training import RangeTrainingConfig
 from fptquant.models.instrument import instrument, iter_quantizers, set_modes
 from fptquant.models.prefix import compute_prefix_
 from fptquant.models.quantized_linear import QuantizedLinear
+from fptquant.models.saving import CalibrationResult
 from fptquant.quantizers.gptq import GPTQOptions
 from fptquant.rounding.round_gptq import round_gptq_
-from fptquant.stages.calibrate import CalibrationResult
 from fptquant.stages.progress import quiet
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
 from fptquant.training.checkpoint import CHECKPOINT, Checkpoint, save_checkpoint

@@ -10,7 +10,7 @@ import torch
 import fptquant as fq
 from fptquant.errors import UserError
 from fptquant.models.quantized_linear import QuantizedLinear
-from fptquant.stages.calibrate import CalibrationResult
+from fptquant.models.saving import CalibrationResult
 from fptquant.stages.progress import quiet
 from tests.models.tiny import tiny_model
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer

@@ -16,12 +16,13 @@ from fptquant.config.schema import Config
 from fptquant.config.training import BlockLearningRates, BlockTrainingConfig
 from fptquant.data.training import TrainingData
 from fptquant.files import KeptFiles
-from fptquant.models.adapter import model_sizes, view_model
+from fptquant.models.adapter import model_sizes
+from fptquant.models.architectures import view_model
 from fptquant.models.instrument import instrument, instrument_for, iter_quantizers, kept_modes, range_tensors, set_modes
 from fptquant.models.norm import widen_norms_
 from fptquant.models.prefix import compute_prefix_, prefix_off
 from fptquant.models.quantized_linear import QuantizedLinear
-from fptquant.stages.calibrate import CalibrationResult
+from fptquant.models.saving import CalibrationResult
 from fptquant.stages.fuse_norms import fuse_norms_
 from fptquant.stages.merge_transforms import rotate_residual_
 from fptquant.stages.progress import quiet
