@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from fptquant.memory import peak_bytes, reset_peak
-from fptquant.models.adapter import view_model
+from fptquant.models.architectures import view_model
 from fptquant.models.loading import load_model
 from fptquant.stages.block_pool import map_blocks
 from fptquant.stages.fuse_norms import fuse_norms_

@@ -40,7 +40,8 @@ from fptquant.config.loading import load_config
 from fptquant.config.training import TrainingConfig
 from fptquant.data.text import load_text
 from fptquant.data.windows import token_windows
-from fptquant.models.adapter import LINEAR_NAMES, view_model
+from fptquant.models.adapter import LINEAR_NAMES
+from fptquant.models.architectures import view_model
 from fptquant.models.instrument import instrument_for, set_modes
 from fptquant.models.loading import load_model
 from fptquant.stages import student as student_module
