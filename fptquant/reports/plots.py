@@ -244,14 +244,37 @@ def plot_cost(rows: Sequence[Row], path: Path, *, title: str) -> None:
         if model in full:
             axes.axhline(full[model], color="#888888", linestyle="--", linewidth=1)
         axes.set_title(" ".join(filter(None, (model, setting))), fontsize=10, loc="left")
-        axes.set_yscale("log")
+        logarithmic(axes)
         bare_axes(axes)
-        axes.tick_params(labelsize=8, which="both")
+        axes.tick_params(labelsize=8, which="both", labelbottom=True)
         axes.set_xlabel("added MACs, %", fontsize=9)
     grid[0, 0].set_ylabel("perplexity", fontsize=9)
     handles = {text: handle for axes in grid.flat for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def _perplexity_tick(value: float) -> str:
+    """Four figures, and a power of ten from a million on.
+
+    >>> _perplexity_tick(29.35), _perplexity_tick(30.0), _perplexity_tick(10_000.0), _perplexity_tick(1e7)
+    ('29.35', '30', '10,000', '1e+07')
+    """
+    if value >= 1e6:
+        return f"{value:.0e}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def logarithmic(axes: Any) -> None:
+    """A logarithmic y axis with plain numbers, at steps within a decade where it has few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    decades = np.log10(high / low)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 8) if decades < 1 else (1, 2, 5) if decades < 2 else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _perplexity_tick(value)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _plot_method(axes: Any, row: Row, index: int) -> None:

@@ -12,7 +12,15 @@ from rich.console import Console
 from rich.text import Text
 
 from fptquant.evaluation.evaluate import Evaluation
-from fptquant.reports.plots import plot_activations, plot_block_error_map, plot_block_errors, plot_outliers, shrink
+from fptquant.reports.plots import (
+    logarithmic,
+    new_figure,
+    plot_activations,
+    plot_block_error_map,
+    plot_block_errors,
+    plot_outliers,
+    shrink,
+)
 from fptquant.reports.progress import Labeled, Progress
 from fptquant.reports.statistics import collect_activations
 from fptquant.reports.table import Row, markdown_table, rich_table
@@ -75,6 +83,19 @@ def test_plots_are_written(tmp_path: Path) -> None:
     plot_block_errors({"rtn": [0.1, 0.3], "exact": [0.0, 0.0]}, tmp_path / "errors.png")
     for name in ("activations", "outliers", "errors"):
         assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize("perplexities", [(29.22, 29.66), (29.2, 60.0), (29.2, 95.0), (29.2, 481.0), (29.2, 31_000.0), (20.0, 5e8)])
+def test_a_logarithmic_axis_has_numbers_that_differ(perplexities: tuple[float, float]) -> None:
+    axes = new_figure(3.6, 3.3).subplots()
+    axes.plot([0, 1], perplexities)
+    logarithmic(axes)
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    labels = axes.yaxis.get_major_formatter().format_ticks(ticks)
+    assert len(labels) >= 2
+    assert len(set(labels)) == len(labels)
+    assert not any("$" in label for label in labels)  # plain numbers, no formulas
 
 
 def test_a_map_of_block_errors_grows_with_the_runs(tmp_path: Path) -> None:
