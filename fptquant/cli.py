@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fptquant.errors import CoreUnavailable, ProcessLost, UserError
+from fptquant.reports.console import output_console
 from fptquant.reports.processes import leaves_lost_run, speaks
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def ls(debug: Debug = False) -> None:
         table.add_column()
         for name, description in entries.items():
             table.add_row(escape(name), escape(description))
-        Console(highlight=False).print(table, "")
+        output_console().print(table, "")
 
 
 @app.command("show", epilog="Example: fptquant show fptquant-local quantization=w4a4kv4-dynamic")
@@ -138,7 +139,7 @@ def show(name: File, overrides: Overrides = None, debug: Debug = False) -> None:
     from fptquant.config.loading import describe_config, dump_config, find_config, load_config
 
     config = load_config(name, *(overrides or ()))
-    console = Console(highlight=False)
+    console = output_console()
     console.print(f"[bold]{config.name}[/]: {escape(describe_config(find_config(name)))}\n")
     grid = Table.grid(padding=(0, 2))
     for transform in config.transforms.used:
@@ -161,11 +162,11 @@ def validate(file: File, overrides: Overrides = None, debug: Debug = False) -> N
     if is_table(file):
         grid = load_table(file, *(overrides or ()))
         cells = f"{len(table_cells(grid))} cells of {len(grid.methods)} methods"
-        Console(highlight=False).print(f"{escape(file)} is valid: {grid.name}, {cells}")
+        output_console().print(f"{escape(file)} is valid: {grid.name}, {cells}")
         return
     config = _load(file, overrides, None)
     used = ", ".join(config.transforms.used) or "no transforms"
-    Console(highlight=False).print(f"{escape(file)} is valid: {config.name}, {config.quantization.setting}, {used}")
+    output_console().print(f"{escape(file)} is valid: {config.name}, {config.quantization.setting}, {used}")
 
 
 @app.command(
@@ -267,7 +268,7 @@ def evaluate(
             further=Further(tasks=tasks, limit=limit, batch_size=batch_size, seed=seed, samples=samples),
             progress=progress,
         )
-    console = Console(highlight=False)
+    console = output_console()
     said = samples_rich_tables(found.samples) if found.samples else []
     console.print(*rich_tables(found.rows, title="evaluation", width=console.width), *said, sep="\n\n")
     if output is not None:
@@ -318,7 +319,7 @@ def report(
             device=device,
             progress=progress,
         )
-    Console(highlight=False).print(f"written to {escape(str(page))}")
+    output_console().print(f"written to {escape(str(page))}")
 
 
 @app.command(
@@ -374,7 +375,7 @@ def table(
         with Progress() if is_main() else nullcontext(quiet) as progress:
             made = make_table(grid, overwrite=overwrite, resume=resume, save=save, parts=parts or (), run=run, progress=progress)
         if is_main():
-            console = Console(highlight=False)
+            console = output_console()
             console.print(*rich_tables(made.rows, title=grid.name, width=console.width), sep="\n\n")
             console.print(f"written to {escape(str(made.folder))}")
             for row in made.failed:
@@ -412,7 +413,7 @@ def _run(config: Config, overwrite: bool, resume: bool, save: bool, threads: int
                 config, title=title, output=output, overwrite=overwrite, resume=resume, save=save, progress=progress
             )
         if is_main():
-            console = Console(highlight=False)
+            console = output_console()
             console.print(*rich_tables(experiment.rows, title=title, width=console.width), sep="\n\n")
             console.print(f"written to {escape(str(experiment.folder))}")
 
@@ -424,14 +425,14 @@ def _stream(config: Config, overwrite: bool, resume: bool, save: bool, threads: 
     if not save:
         raise UserError("--stream does nothing but write the calibrated model; leave out --no-save")
     check_one_process("--stream")
-    description = stream_description(config)
-    check_run(config.output_folder, description, overwrite=overwrite, resume=resume)  # before torch is imported: seconds
+    # before torch is imported, which takes seconds
+    check_run(config.output_folder, stream_description(config), overwrite=overwrite, resume=resume)
     from fptquant.stages.stream import calibrate_streamed
 
     with processes(config.device, threads):
         device = resolve_device(config.device)
         folder = calibrate_streamed(config.model, config, config.output_folder, overwrite=overwrite, resume=resume, device=device)
-    Console(highlight=False).print(f"written to {escape(str(folder))}")
+    output_console().print(f"written to {escape(str(folder))}")
 
 
 def _terminate(signal_number: int, frame: FrameType | None) -> None:
@@ -446,5 +447,4 @@ def main() -> None:
     try:
         app(prog_name="fptquant")
     except BrokenPipeError:
-        # The reader (head, less) has left: not an error worth a traceback.
-        sys.exit(0)
+        sys.exit(0)  # the reader (head, less) has left: not an error worth a traceback

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import fptquant
 from fptquant.cli import app
 from fptquant.evaluation import hidden
 from fptquant.files import KeptFiles
+from fptquant.reports.console import WIDEST, output_console
 from fptquant.stages import find_prefix
 from tests.tiny_folder import save_tiny_folder
 
@@ -159,6 +161,15 @@ def test_a_table_searches_for_the_prefix_once(model: Path, tmp_path: Path, monke
     assert len(searches) == 1
     rows = json.loads((tmp_path / "demo" / "metrics.json").read_text())["results"][1:]
     assert [", prefix of" in row["setting"] for row in rows] == [False, False, True, True, True, True]
+
+
+def test_tables_in_a_file_have_every_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", io.StringIO())
+        assert output_console().width == WIDEST
+    monkeypatch.setenv("COLUMNS", "70")
+    assert output_console().width == 70
 
 
 def test_unknown_keys_all_at_once(model: Path, tmp_path: Path) -> None:

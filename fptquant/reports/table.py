@@ -13,6 +13,7 @@ from fptquant.config.tables import FULL_PRECISION
 from fptquant.evaluation.cost import RuntimeCost
 from fptquant.evaluation.evaluate import Evaluation
 from fptquant.evaluation.zero_shot import ZeroShot
+from fptquant.reports.console import WIDEST
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -137,8 +138,8 @@ def _mebibytes(size: int | None) -> str:
     return _optional(size, lambda value: f"{value / 2**20:,.0f}")
 
 
-_WIDE, _WIDEST = 110, 130
-"""Characters of terminals that show more columns, and all."""
+_WIDE = 110
+"""Characters of terminals that show more columns, but not all."""
 _ALL_COLUMNS = (
     _Column("model", lambda row: row.model or "-", right=False),
     _Column("method", lambda row: row.method, right=False, always=True),
@@ -146,7 +147,7 @@ _ALL_COLUMNS = (
     _Column("perplexity", _of_evaluation(lambda found: format_perplexity(found.perplexity)), always=True),
     _Column("published", _published),
     _Column("JSD", _of_evaluation(lambda found: _optional(found.jsd, "{:.4f}".format)), always=True),
-    _Column("KL", lambda row: _optional(row.evaluation.kl if row.evaluation else None, "{:.4f}".format), width=_WIDEST),
+    _Column("KL", lambda row: _optional(row.evaluation.kl if row.evaluation else None, "{:.4f}".format), width=WIDEST),
     _Column("top-1", _of_evaluation(lambda found: _optional(found.top1_agreement, _percent)), always=True),
     _Column("zero-shot", lambda row: _optional(row.mean_accuracy, _percent)),
     _Column(
@@ -154,9 +155,9 @@ _ALL_COLUMNS = (
     ),
     _Column("scales", lambda row: "-" if row.cost is None else row.cost.scales.replace("none", "-"), width=_WIDE),
     _Column("seconds", lambda row: _optional(row.seconds, "{:.1f}".format), always=True),
-    _Column("CPU seconds", lambda row: _optional(row.cpu_seconds, "{:.1f}".format), width=_WIDEST),
+    _Column("CPU seconds", lambda row: _optional(row.cpu_seconds, "{:.1f}".format), width=WIDEST),
     _Column("peak MiB", lambda row: _mebibytes(row.peak_bytes), width=_WIDE),
-    _Column("CUDA MiB", lambda row: _mebibytes(row.cuda_peak_bytes), width=_WIDEST),
+    _Column("CUDA MiB", lambda row: _mebibytes(row.cuda_peak_bytes), width=WIDEST),
 )
 _MEANINGS = {
     "JSD": "mean Jensen-Shannon divergence from the full-precision model in nats",
@@ -213,7 +214,7 @@ def caption(rows: Sequence[Row]) -> str:
     return measured + "; ".join(f"{title}: {meaning}" for title, meaning in _MEANINGS.items() if title in shown) + "." + papers
 
 
-def rich_table(rows: Sequence[Row], *, title: str, width: int = _WIDEST) -> Table:
+def rich_table(rows: Sequence[Row], *, title: str, width: int = WIDEST) -> Table:
     """The table for a terminal of so many characters a line."""
     from rich.markup import escape
     from rich.table import Table
