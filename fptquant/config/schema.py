@@ -136,12 +136,16 @@ class Config(StrictModel):
         return stage.weights == "full_precision" and not self.quantization.quantized_sites
 
     @property
-    def outdated_ranges(self) -> bool:
-        """Whether block training changes what static quantizers of activations and cache read, but not their ranges."""
+    def outdated_ranges(self) -> list[Literal["activation", "kv_cache"]]:
+        """Kinds of static quantizers whose inputs block training changes, but not their ranges."""
         blocks, quantized = self.trained_blocks, self.quantization
-        if blocks is None or blocks.lr.activation_range is not None or blocks.lr.kv_cache_range is not None:
-            return False
-        return bool(quantized.quantized_sites) and not (quantized.activation.dynamic and quantized.kv_cache.dynamic)
+        if blocks is None:
+            return []
+        kept: dict[Literal["activation", "kv_cache"], bool] = {
+            "activation": blocks.lr.activation_range is None and not quantized.activation.dynamic,
+            "kv_cache": blocks.lr.kv_cache_range is None and not quantized.kv_cache.dynamic,
+        }
+        return [kind for kind, outdated in kept.items() if outdated and quantized.has_range(kind)]
 
     @property
     def outdated_weight_ranges(self) -> bool:

@@ -364,7 +364,7 @@ def _finish_(
                 set_weight_ranges_(model, progress=progress)
         if training is None and config.outdated_ranges:
             with stage("activation ranges, anew"):
-                set_activation_ranges_(model, texts.windows, progress=progress)
+                set_activation_ranges_(model, texts.windows, kinds=config.outdated_ranges, progress=progress)
     if training is not None:
         report["training"] = stage.lasting(
             "end-to-end training", lambda: train_(model, transforms, config, training, weights=weights, **kept)
@@ -399,6 +399,7 @@ def _prepare_(
     else:
         config = with_prefix(config, earlier.prefix)
     transforms, report = _transform_(model, config, sizes, windows, earlier, stage, progress)
+    transforms.requires_grad_(False)  # what trains some of them says so
     instrument_for(model, config, transforms)
     if config.attaches:
         attach_transforms_(model, transforms)

@@ -12,6 +12,7 @@ from fptquant.models.architectures import view_model
 from fptquant.models.instrument import iter_quantizers, quantized_linears, set_modes
 from fptquant.quantizers.quantizer import Mode, Quantizer
 from fptquant.quantizers.ranges import RangeSetter
+from fptquant.quantizers.sites import Kind, kind_of
 from fptquant.stages.distributed import own, reduced, world_size
 from fptquant.stages.progress import Progress, quiet
 
@@ -29,13 +30,18 @@ def set_weight_ranges_(model: nn.Module, *, progress: Progress = quiet) -> None:
 
 
 @torch.no_grad()
-def set_activation_ranges_(model: PreTrainedModel, windows: Tensor, *, progress: Progress = quiet) -> None:
+def set_activation_ranges_(
+    model: PreTrainedModel, windows: Tensor, *, kinds: Sequence[Kind] = ("activation", "kv_cache"), progress: Progress = quiet
+) -> None:
     """Sets the centers and ranges of activation and KV cache quantizers from calibration windows, and switches them on.
 
     Two passes over the windows where a range is searched (min and max, then the error of every candidate), one where
     min-max ranges suffice, none where all are dynamic; one more, before, for centers. Nothing is quantized while values are
     observed, weights included: every range is that of the full-precision model's values. No activation is kept, whatever the
     number of windows. Several processes take turns at the windows.
+
+    Args:
+        kinds: those whose centers and ranges are set; the other kind keeps its own.
 
     Shape:
         windows: [windows, window], int64.
@@ -48,7 +54,7 @@ def set_activation_ranges_(model: PreTrainedModel, windows: Tensor, *, progress:
     def run(index: int) -> None:
         decoder(input_ids=windows[index][None].to(model.device), use_cache=False)
 
-    observe_windows_(model, run, len(windows), shared=True, progress=progress)
+    observe_windows_(model, run, len(windows), kinds=kinds, shared=True, progress=progress)
 
 
 @torch.no_grad()
@@ -57,6 +63,7 @@ def observe_windows_(
     run: Callable[[int], None],
     windows: int,
     *,
+    kinds: Sequence[Kind] = ("activation", "kv_cache"),
     at_least_once: bool = False,
     shared: bool = False,
     progress: Progress = quiet,
@@ -68,13 +75,13 @@ def observe_windows_(
         at_least_once: make one pass even if no range has to be set.
         shared: every process runs its share of the windows, if there are enough, and all get the ranges of all windows.
     """
-    quantizers = [quantizer for kind in ("activation", "kv_cache") for _, quantizer in iter_quantizers(module, kind)]
-    weights = {quantizer: quantizer.mode for _, quantizer in iter_quantizers(module, "weight")}
+    quantizers = [quantizer for kind in kinds for _, quantizer in iter_quantizers(module, kind)]
+    others = {quantizer: quantizer.mode for name, quantizer in iter_quantizers(module) if kind_of(name) not in kinds}
     static = [quantizer for quantizer in quantizers if not quantizer.dynamic]
     passes: list[Mode] = ["observe_mean"] if any(quantizer.centered for quantizer in quantizers) else []
     passes += ["observe_range"] if static else ["off"] * (at_least_once and not passes)
     passes += ["observe_errors"] if any(quantizer.needs_errors for quantizer in static) else []
-    set_modes(module, "off", "weight")
+    set_modes(module, "off")
     shared = shared and windows >= world_size()
     indices = own(range(windows)) if shared else range(windows)
     for number, mode in enumerate(passes):
@@ -96,7 +103,7 @@ def observe_windows_(
         quantizer.finish_ranges()
     for quantizer in quantizers:
         quantizer.mode = "on"
-    for quantizer, previous in weights.items():
+    for quantizer, previous in others.items():
         quantizer.mode = previous
 
 

@@ -107,7 +107,7 @@ class Kronecker(Transform):
         key = (compute_dtype(x), x.device, *((id(p), p._version) for p in tensors))
         known = self._known.get(what)
         if known is None or known[0] != key:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # a later pass may need them for a gradient
                 matrices = {side: matrix.to(x.device, compute_dtype(x)) for side, matrix in compute().items()}
             known = self._known[what] = (key, matrices)
         return known[1]

@@ -71,6 +71,17 @@ def test_what_is_remembered_follows_the_parameters() -> None:
         assert not torch.equal(transform(x), before)
 
 
+def test_what_an_evaluation_remembers_serves_a_gradient() -> None:
+    transform, x = DownKronecker(2, 3).requires_grad_(False), torch.randn(4, 6, generator=generator(1), requires_grad=True)
+    with torch.inference_mode():
+        transform(x)
+        transform.merge(torch.eye(6), "read")
+    transform(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad[0], transform(torch.eye(6)).sum(dim=1))
+    transform.merge(x, "read").sum().backward()
+
+
 def test_products_of_queries_and_keys_stay() -> None:
     mixing, rng = QueryKeyMixing(8), generator(1)
     mixing.randomize_(generator(2))
