@@ -279,7 +279,7 @@ def _training(config: Config) -> Iterator[Contradiction]:
         there = transforms | _learned_ranges(config.training, ranges) | {"residual_rotation": config.norm_gains == "fused"}
         yield from _trained(config.training, there, why)
     if config.trained_ranges is not None:
-        yield from _trained(config.trained_ranges, ranges, "the config uses no range")
+        yield from _trained(config.trained_ranges, ranges | {"bias": ranges["weight_range"]}, "the config uses no range")
 
 
 def _trained_weights(config: Config) -> Iterator[Contradiction]:

@@ -33,6 +33,12 @@ class LearningRates(RangeLearningRates):
     residual_rotation: float | None = Field(default=None, gt=0)
 
 
+class RoundedLearningRates(RangeLearningRates):
+    """Those of range training, which may add to the outputs of linears what makes up for the mean error."""
+
+    bias: float | None = Field(default=None, gt=0, description="of one bias for each output of a linear with a quantized weight")
+
+
 class BlockLearningRates(LearningRates):
     """Those of block training, which may change the weights, too: what it leaves is another model than the one it began with."""
 
@@ -126,10 +132,12 @@ class TrainingConfig(TransformTrainingConfig, EndToEndConfig):
 
 
 class RangeTrainingConfig(EndToEndConfig):
-    """End-to-end training of ranges alone, once weights are rounded: they keep their integers, whose scales are learned."""
+    """End-to-end training of ranges, and of biases where asked, once weights are rounded: these keep their integers."""
 
     key: ClassVar[str] = "range_training"
     title: ClassVar[str] = "range training"
+
+    lr: RoundedLearningRates = RoundedLearningRates()
 
 
 WITHOUT_INFLUENCE = frozenset({"checkpoint_seconds", "tensorboard", "shard_weights"})

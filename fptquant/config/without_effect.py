@@ -233,8 +233,9 @@ def _trained(config: Config, settings: OptimizationConfig) -> Iterator[WithoutEf
     if isinstance(settings, EndToEndConfig) and settings.objective in ("cross_entropy", "hidden_mse"):
         message = f"the objective {settings.objective} has no temperature; remove it"
         yield from _changed(settings, settings.key, ["temperature"], message, by_label=False)
-    for name, kind in (("weight_range", "weight"), ("activation_range", "activation"), ("kv_cache_range", "kv_cache")):
-        if not config.quantization.has_range(kind) and getattr(settings.lr, name) is not None:
+    of_kinds = {"weight_range": "weight", "bias": "weight", "activation_range": "activation", "kv_cache_range": "kv_cache"}
+    for name, kind in of_kinds.items():
+        if not config.quantization.has_range(kind) and getattr(settings.lr, name, None) is not None:
             message = f"quantization.{kind} has no range; remove it, or set another label"
             yield from _changed(settings.lr, f"{settings.key}.lr", [name], message, by_label=True)
     for name in TRAINED_TRANSFORMS:

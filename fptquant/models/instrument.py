@@ -305,13 +305,13 @@ def iter_quantizers(model: nn.Module, kind: Kind | None = None) -> Iterator[tupl
 
 
 def range_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Scale and zero point of every static quantizer of a model, or of a part of one, trained clips of dynamic ones, and centers,
-    by quantizer name.
+    """Scale and zero point of every static quantizer of a model, or of a part of one, trained clips of dynamic ones, centers, and
+    biases of linears with a quantized weight, by quantizer name.
     """
     return {
         f"{name}.{part}": value.detach().cpu().contiguous()
         for name, quantizer in iter_quantizers(model)
-        for part in (*(("clip",) if quantizer.dynamic else ("scale", "zero_point")), "center")
+        for part in (*(("clip",) if quantizer.dynamic else ("scale", "zero_point")), "center", "bias")
         if (value := getattr(quantizer, part)) is not None
     }
 
@@ -327,9 +327,9 @@ def load_ranges_(model: PreTrainedModel, tensors: Mapping[str, Tensor], source: 
     """
     left = dict(tensors)
     for name, quantizer in iter_quantizers(model):
-        if quantizer.dynamic:
-            clip = left.pop(f"{name}.clip", None)
-            quantizer.clip = None if clip is None else clip.to(model.device)
+        for part in ("clip",) if quantizer.dynamic else ("bias",) if kind_of(name) == "weight" else ():
+            trained = left.pop(f"{name}.{part}", None)
+            setattr(quantizer, part, None if trained is None else trained.to(model.device))
         for part in (*(() if quantizer.dynamic else ("scale", "zero_point")), *(("center",) if quantizer.centered else ())):
             if f"{name}.{part}" not in left:
                 raise UserError(f"{source} lacks {name}.{part}: it does not belong to this config; calibrate and save again")

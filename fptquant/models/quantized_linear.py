@@ -16,7 +16,7 @@ from fptquant.transforms.base import Transform
 
 
 class QuantizedLinear(nn.Linear):
-    """Takes over weight and bias of a linear layer: y = Q_out(Q_weight(W) Q_in(T x) + b).
+    """Takes over weight and bias of a linear layer: y = Q_out(Q_weight(W) Q_in(T x) + b), where b has in it what Q_weight adds.
 
     While transforms are trained (``merging``) W and b are those before merging, and are merged anew in every pass; while ranges of
     rounded weights are trained (``rescaling``), W has scales of its own in every pass.
@@ -71,9 +71,14 @@ class QuantizedLinear(nn.Linear):
         return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
 
     def _bias(self) -> Tensor | None:
-        if self.merging is None or self.bias is None or self._untransformed:
-            return self.bias
-        return self.merging.bias(self.bias)
+        bias: Tensor | None = self.bias
+        if self.merging is not None and bias is not None and not self._untransformed:
+            bias = self.merging.bias(bias)
+        quantizer = self.weight_quantizer
+        if quantizer is None or quantizer.bias is None or quantizer.mode != "on" or self.context.full_precision:
+            return bias
+        added = quantizer.bias.to(self.weight.dtype)
+        return added if bias is None else bias + added
 
     def prepare_input(self, x: Tensor) -> Tensor:
         """The input as it meets the weight: scaled, transformed and quantized."""

@@ -39,13 +39,15 @@ class Quantizer(WideBuffers):
         UserError: if a static quantizer is used before its range was set.
     """
 
-    wide: ClassVar[tuple[str, ...]] = ("scale", "zero_point", "clip", "center")
+    wide: ClassVar[tuple[str, ...]] = ("scale", "zero_point", "clip", "center", "bias")
     scale: Tensor | None
     zero_point: Tensor | None
     clip: Tensor | None
     center: Tensor | None
     """What is subtracted before rounding and added after, [C], or [heads, 1, D] where there are heads; None for nothing. Keys could
     do without the addition: q . center is the same for all keys of a query, and softmax does not see it."""
+    bias: Tensor | None
+    """Of a weight's quantizer: what its linear adds to the outputs, [out]; None for nothing. Training sets it."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fptquant as fq
 from fptquant.config.training import RangeTrainingConfig
-from fptquant.models.instrument import instrument, iter_quantizers, set_modes
+from fptquant.models.instrument import instrument, iter_quantizers, load_ranges_, range_tensors, set_modes
 from fptquant.models.prefix import compute_prefix_
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.models.saving import CalibrationResult
@@ -90,7 +90,7 @@ def disturb_(student: RangeStudent, size: float) -> None:
 def test_the_teacher_is_the_model_before_rounding_and_the_student_begins_as_the_rounded_one(
     architecture: str, prefix: bool
 ) -> None:
-    student, expected = make(architecture, prefix=prefix)
+    student, expected = make(architecture, prefix=prefix, bias=0.002)
     head = student.view.lm_head
     with torch.no_grad():
         teacher = head(student._teacher_hidden(token_ids()))
@@ -105,7 +105,7 @@ def test_the_teacher_is_the_model_before_rounding_and_the_student_begins_as_the_
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_integers_stay_whatever_happens_to_the_scales(kind: str, dtype: torch.dtype) -> None:
-    student, _ = make(weight=WEIGHTS[kind], dtype=dtype)
+    student, _ = make(weight=WEIGHTS[kind], dtype=dtype, bias=0.002)
     before = integers(student)
     disturb_(student, 0.3)
     with torch.no_grad():
@@ -139,10 +139,12 @@ def rescalings(student: RangeStudent) -> dict[str, Any]:
     return {linear.weight_quantizer.name: linear.rescaling for linear in linears if linear.weight_quantizer is not None}
 
 
+@pytest.mark.parametrize("group", ["weight_range", "bias"])
 @pytest.mark.parametrize("kind", ["symmetric", "groups"])
-def test_gradients_of_weight_scales_are_those_of_the_loss(kind: str) -> None:
+def test_gradients_of_weight_scales_and_biases_are_those_of_the_loss(kind: str, group: str) -> None:
     """Without other quantizers the loss is smooth in them: its differences say what the gradients must be."""
-    student, _ = make(weight=WEIGHTS[kind], activation_range=None, kv_cache_range=None)
+    rates = {"weight_range": None, "activation_range": None, "kv_cache_range": None, group: 0.002}
+    student, _ = make(weight=WEIGHTS[kind], **rates)
     set_modes(student.model, "off", "activation")
     set_modes(student.model, "off", "kv_cache")
     student(token_ids()).backward()
@@ -161,6 +163,38 @@ def test_gradients_of_weight_scales_are_those_of_the_loss(kind: str) -> None:
         assert float((parameter.grad * direction).sum()) == pytest.approx(expected, rel=2e-3, abs=1e-8)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_biases_make_up_for_what_is_added_to_every_output(architecture: str) -> None:
+    """S_n divides them as it divides what the layer itself adds: a bias given to both is one and the same."""
+    student, _ = make(architecture, weight={"bits": 8}, activation_bits=16, bias=0.002)
+    linears = [module for module in student.model.modules() if isinstance(module, QuantizedLinear)]
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        begins = student._student_hidden(token_ids())
+        for linear, trained in zip(linears, student._trained_biases, strict=True):
+            shift = 0.1 * torch.randn(linear.out_features, generator=generator, dtype=torch.float64)
+            linear.bias = torch.nn.Parameter(shift if linear.bias is None else linear.bias + shift)
+            trained.share.copy_(-shift / trained.unit)
+        assert (student._student_hidden(token_ids()) - begins).abs().max() < 1e-12 * begins.abs().max()
+        for trained in student._trained_biases:
+            trained.share.zero_()
+        assert (student._student_hidden(token_ids()) - begins).abs().max() > 0.01 * begins.abs().max()
+
+
+def test_biases_alone_bring_the_student_closer() -> None:
+    rates = {"weight_range": None, "activation_range": None, "kv_cache_range": None}
+    student, _ = make(dtype=torch.float32, bias=0.02, **rates)
+    assert list(student.parameter_groups()) == ["bias"]
+    assert share_of_divergence(student) < 0.95
+    student.finish_()
+    for linear in (module for module in student.model.modules() if isinstance(module, QuantizedLinear)):
+        assert linear.weight_quantizer is not None
+        assert linear.weight_quantizer.bias is not None
+        assert not linear.weight_quantizer.bias.requires_grad
+    with pytest.raises(fq.UserError, match="does not use, for example layers"):
+        load_ranges_(student.model, range_tensors(student.model) | {"layers.0.q_proj.weight.biases": torch.zeros(1)}, "x")
+
+
 def test_training_lowers_the_loss_and_only_what_has_a_rate_moves() -> None:
     student, _ = make(dtype=torch.float32, kv_cache_range=None)
     groups = student.parameter_groups()
@@ -176,6 +210,7 @@ def test_training_lowers_the_loss_and_only_what_has_a_rate_moves() -> None:
 SHORT = (
     "quantization=w4a8kv8-static", "range_training.steps=4", "range_training.window=32", "range_training.text=topics",
     "range_training.held_out_windows=1", "range_training.evaluate_every=1", "range_training.checkpoint_seconds=0",
+    "range_training.lr.bias=0.01",
     "rounding={method: gptq, text: topics, windows: 2, window: 32}",
     "evaluation.window=32", "calibration.windows=2", "calibration.window=32", "quantization.prefix=null",
 )  # fmt: skip
@@ -212,7 +247,9 @@ def test_a_run_that_is_killed_while_ranges_are_trained_goes_on_with_the_same_bit
     expected, found = (result.model.state_dict() for result in (whole, again))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     report = again.metrics["range_training"]
-    assert (report["steps"], sorted(report["parameters"])) == (4, ["activation_range", "kv_cache_range", "weight_range"])
+    assert (report["steps"], sorted(report["parameters"])) == (4, ["activation_range", "bias", "kv_cache_range", "weight_range"])
+    ranges, found_ranges = (range_tensors(result.model) for result in (whole, again))
+    assert all(torch.equal(ranges[name], found_ranges[name]) for name in ranges)
     assert again.metrics["stages"]["range training"] >= report["seconds"] > 0
     with pytest.raises(fq.UserError, match="belongs to another run"):
         calibrate(*trained, "rounding.damping=0.1", folder=folder, resume=True)
@@ -221,6 +258,7 @@ def test_a_run_that_is_killed_while_ranges_are_trained_goes_on_with_the_same_bit
 def test_it_is_saved_with_its_ranges(tmp_path: Path) -> None:
     result = calibrate()
     folder = result.save(tmp_path / "model")
+    assert any(name.endswith("_proj.weight.bias") for name in range_tensors(result.model))
     model, _ = fq.load_calibrated(folder)
     ids = token_ids(2, 24, seed=1)
     with torch.no_grad():
@@ -235,6 +273,10 @@ def test_settings_that_cannot_be_are_refused() -> None:
         fq.load_config("rtn", off)
     with pytest.raises(fq.UserError, match=r"range_training\.lr\.kv_cache_range: has no effect"):
         fq.load_config("rtn", "quantization=w4a16", "range_training.lr.kv_cache_range=0.1")
+    with pytest.raises(fq.UserError, match=r"range_training\.lr\.bias: has no effect"):
+        fq.load_config("rtn", "quantization=w16a8", "range_training.lr.bias=0.1")
+    with pytest.raises(fq.UserError, match=r"training\.lr\.bias"):
+        fq.load_config("fptquant", "training.lr.bias=0.1")
     with pytest.raises(fq.UserError, match=r"range_training\.lr\.value_mixing"):
         fq.load_config("fptquant", "range_training.lr.value_mixing=0.1")
     with pytest.raises(fq.UserError, match=r"range_training\.window"):
