@@ -47,7 +47,8 @@ def runtime_cost(model: PreTrainedModel, config: Config) -> RuntimeCost:
     T_d: a Hadamard transform of the down projection's input; T_o: one across the heads of the output projection's; T_h: one of
     every head of queries and keys; P_h: a matrix on each of these; P: Kronecker products on the inputs of linears; D: rotations
     of blocks of them; S_n: 1 / running_scale times the branch; centers: a subtraction from each channel (what is added again is in
-    the biases of linears, and keys do without); a prefix: products of queries with its keys, and of weights with its values.
+    the biases of linears, and keys do without); learned biases: an addition to each output of a linear that has
+    none; a prefix: products of queries with its keys, and of weights with its values.
     LLM.int8 adds none: its outlier channels are multiplied in full precision instead of in int8.
     Dynamic ranges are named, not counted: each asks for the extremes of a token, whose cost is waiting rather than arithmetic.
 
@@ -85,6 +86,9 @@ def runtime_cost(model: PreTrainedModel, config: Config) -> RuntimeCost:
             "v_cache": keys,
         }
         added["center"] = sum(sizes[site] for site in centered)
+    ranges = config.trained_ranges
+    if ranges is not None and ranges.lr.bias is not None:
+        added["bias"] = sum(linear.out_features for _, linear in view.blocks[0].linears() if linear.bias is None)
     if isinstance(config.quantization.prefix, list):
         added["prefix"] = 2 * heads * len(config.quantization.prefix)
     block_linears = hidden * (2 * heads + 2 * keys + 3 * view.intermediate_size)

@@ -69,6 +69,10 @@ def test_what_is_left_to_do_at_run_time() -> None:
     assert runtime_cost(model, kv).added == {"center": layers * 2 * keys}
     both = load_config("rtn", "quantization=w4a4-static", "quantization.activation.centered=true")
     assert runtime_cost(model, both).added == {"center": layers * (2 * hidden + heads + wide)}
+    biases = load_config("rtn", "quantization=w4a16", "range_training.lr.bias=0.01")
+    assert runtime_cost(model, biases).added == {"bias": layers * (3 * hidden + 2 * keys + 2 * wide)}
+    had_some = runtime_cost(tiny_model("Qwen2ForCausalLM"), biases)  # of q, k and v
+    assert had_some.added == {"bias": layers * (2 * hidden + 2 * wide)}
     output = load_config("fptquant-local", "transforms.residual_scaling.where=output", "transforms.down_hadamard.block_size=8")
     assert runtime_cost(model, output).added["S_n"] == layers * 2 * hidden
     assert runtime_cost(model, output).added["T_d"] == layers * wide * 3
