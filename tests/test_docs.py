@@ -20,7 +20,7 @@ import typer
 import fptquant as fq
 from fptquant.cli import app
 from fptquant.config.tables import load_table, table_cells
-from fptquant.reports.table import column_titles
+from fptquant.reports.table import format_perplexity
 from tests.notebooks import KEY, NOTEBOOKS, made_from, what_changed
 from tests.operator_table import operator_table
 from tests.tiny_folder import save_tiny_folder
@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "csrc").rglob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 METHODS, METHOD_PAGES = ROOT / "configs" / "methods", ROOT / "docs" / "methods"
+RESULTS = ROOT / "docs" / "results"
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SOURCE_ENDINGS = (".c", ".h", ".cpp", ".py", ".md", ".yaml", ".toml", ".ipynb", ".in")
@@ -332,14 +333,24 @@ def test_the_operator_table_matches_the_tree() -> None:
     assert expected in text, f"csrc/README.md is out of date; python -m tests.operator_table prints this table:\n{expected}"
 
 
-def test_the_readme_has_room_for_measured_tables_and_they_have_the_columns_of_the_code() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in ("demo", "bench"):
-        assert text.count(f"<!-- table: {name} -->") == text.count(f"<!-- end of table: {name} -->") == 1
-    demo = text.partition("<!-- table: demo -->")[2].partition("<!-- end of table: demo -->")[0]
-    head = demo.strip().partition("\n")[0].strip("| ").split(" | ")
-    assert head[: head.index("seconds") + 1] == column_titles([])
-    assert len(demo.strip().splitlines()) > 2  # rows, and not only a head
+@pytest.mark.parametrize(("document", "rows"), [("README.md", 7), ("docs/results.md", 12)])
+def test_quoted_figures_are_those_of_the_cells(document: str, rows: int) -> None:
+    """A table with a column for each setting, ``perplexity / divergence``; what has no cell is no figure of ours."""
+    cells = RESULTS / "smollm2-static" / "cells" / "smollm2-135m"
+    text = (ROOT / document).read_text(encoding="utf-8")
+    table = text.partition("<!-- table: smollm2-static -->\n")[2].partition("<!-- end of table: smollm2-static -->")[0]
+    head, _, *lines = ([part.strip() for part in line.strip("|").split("|")] for line in table.splitlines())
+    found = 0
+    for method, *figures in lines:
+        folders = [cells / f"{method.partition(',')[0]}-{setting}" for setting in head[1:5]]
+        if not any(folder.is_dir() for folder in folders):
+            continue
+        for folder, figure in zip(folders, figures[:4], strict=True):
+            measured = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["results"][1]["evaluation"]
+            expected = f"{format_perplexity(measured['perplexity'])} / {measured['jsd']:.4f}".replace("/ 0.", "/ .")
+            assert figure.replace("*", "") == expected, folder.name
+        found += 1
+    assert found == rows
 
 
 # -------------------------------------------------------------------------------------------------------------- notebooks
