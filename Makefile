@@ -9,7 +9,7 @@ C_FILES := $(shell find csrc tests/csrc -name '*.[ch]')
 .PHONY: help setup test lint docs demo bench clean
 
 help:
-	@echo "make demo   install everything, calibrate SmolLM2-135M and print the table (under 10 minutes)"
+	@echo "make demo   install everything, calibrate SmolLM2-135M and print a table (minutes for each)"
 	@echo "make test   every test, the C tests under sanitizers included (under 10 minutes)"
 	@echo "make lint   formatting, lint and types"
 	@echo "make docs   the documentation as a site, in build/docs; a broken link is an error"
@@ -21,6 +21,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): pyproject.toml setup.py $(shell find csrc -name '*.[ch]') | $(BIN)/python
+	@echo "installing PyTorch, then fptquant and what it needs, into $(VENV): some minutes"
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $(STAMP)

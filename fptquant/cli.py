@@ -1,32 +1,27 @@
 """The command line: what can be run, what it means, and running it.
 
-Nothing heavy is imported before it is needed, so that help is quick. A mistake of the user ends with one message and exit
-code 2, an interruption with 130.
+Nothing heavy is imported before it is needed, so that help is quick.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from fptquant.errors import CoreUnavailable, ProcessLost, UserError
+from fptquant.command import Debug, File, Output, Overrides, Overwrite, Resume, Save, Stream, Threads, guard
+from fptquant.errors import UserError
 from fptquant.reports.console import output_console
-from fptquant.reports.processes import leaves_lost_run, speaks
+from fptquant.reports.processes import leaves_lost_run
 
 if TYPE_CHECKING:
     from fptquant.config.schema import Config
-
-_Arguments = ParamSpec("_Arguments")
 
 app = typer.Typer(
     name="fptquant",
@@ -46,60 +41,27 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-File = Annotated[str, typer.Argument(metavar="FILE", help="A YAML file, or the name of a shipped method (fptquant ls).")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings in place of the file's, such as quantization=w4a4kv4-static."),
-]
-Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder for the results, in place of output=FOLDER.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the output folder holds.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run of the output folder.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads; all cores by default.")]
-Save = Annotated[bool, typer.Option("--save/--no-save", help="Write the calibrated model into the run folder.")]
 
-Stream = Annotated[
-    bool,
-    typer.Option("--stream", help="Hold one block in memory at a time, and only calibrate: for models larger than memory."),
-]
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"fptquant {version('fptquant')}")
+        raise typer.Exit
 
 
-def _guard(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
-    """Turns a user's mistake into a message and exit code 2, the loss of another process into 1, and Ctrl-C into 130."""
-
-    @functools.wraps(command)
-    def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
-        errors = Console(stderr=True, highlight=False, soft_wrap=True)
-        try:
-            command(*args, **kwargs)
-        except (UserError, CoreUnavailable, ProcessLost) as error:
-            if kwargs.get("debug"):
-                errors.print_exception()
-            if speaks():
-                errors.print(f"[bold red]error:[/] {escape(str(error))}")
-                _print_notes(errors, error)
-            raise typer.Exit(1 if isinstance(error, ProcessLost) else 2) from None
-        except KeyboardInterrupt as interruption:
-            if speaks():
-                errors.print("interrupted; nothing was left half-written")
-                _print_notes(errors, interruption)
-            raise typer.Exit(130) from None
-        except SystemExit as end:  # a polite kill
-            if speaks():
-                _print_notes(errors, end)
-            raise
-
-    return guarded
-
-
-def _print_notes(console: Console, error: BaseException) -> None:
-    """What the error has been given on its way, such as how to go on."""
-    for note in getattr(error, "__notes__", ()):
-        console.print(escape(note))
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version; python -m fptquant says more."),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command("ls", epilog="Next: fptquant show NAME")
-@_guard
+@guard
 def ls(debug: Debug = False) -> None:
     """List methods, tables, settings, models and texts."""
     from rich.table import Table
@@ -130,7 +92,7 @@ def ls(debug: Debug = False) -> None:
 
 
 @app.command("show", epilog="Example: fptquant show fptquant-local quantization=w4a4kv4-dynamic")
-@_guard
+@guard
 def show(name: File, overrides: Overrides = None, debug: Debug = False) -> None:
     """Show a config with every default filled in, and what each of its transforms does."""
     from rich.syntax import Syntax
@@ -140,11 +102,12 @@ def show(name: File, overrides: Overrides = None, debug: Debug = False) -> None:
 
     config = load_config(name, *(overrides or ()))
     console = output_console()
-    console.print(f"[bold]{config.name}[/]: {escape(describe_config(find_config(name)))}\n")
+    description = describe_config(find_config(name))
+    console.print(f"[bold]{config.name}[/]{f': {escape(description)}' if description else ''}\n")
     grid = Table.grid(padding=(0, 2))
     for transform in config.transforms.used:
-        description = (type(getattr(config.transforms, transform)).__doc__ or "").strip()
-        grid.add_row(f"[cyan]{transform}[/]", escape(description))
+        of_transform = (type(getattr(config.transforms, transform)).__doc__ or "").strip()
+        grid.add_row(f"[cyan]{transform}[/]", escape(of_transform))
     if not config.transforms.used:
         grid.add_row("[cyan]transforms[/]", "none")
     grid.add_row("[cyan]setting[/]", escape(config.quantization.setting))
@@ -153,7 +116,7 @@ def show(name: File, overrides: Overrides = None, debug: Debug = False) -> None:
 
 
 @app.command("validate", epilog="Example: fptquant validate my.yaml quantization.weight.bits=3")
-@_guard
+@guard
 def validate(file: File, overrides: Overrides = None, debug: Debug = False) -> None:
     """Check the config of a method or a table; every mistake is listed with its path in the file."""
     from fptquant.config.loading import is_table
@@ -178,7 +141,7 @@ def validate(file: File, overrides: Overrides = None, debug: Debug = False) -> N
         "torchrun --nproc-per-node 4 -m fptquant run fptquant training.batch=16"
     ),
 )
-@_guard
+@guard
 def run(
     file: File,
     overrides: Overrides = None,
@@ -192,9 +155,9 @@ def run(
 ) -> None:
     """Calibrate a model, compare it with full precision, and write a run folder.
 
-    The folder holds the config, versions, metrics as JSON, the table as Markdown, plots, and the calibrated model. It is
-    made as FOLDER.partial; if that takes long and is killed, the same command with --resume goes on, and has lost a minute at most.
-    With --stream the folder is the calibrated model alone, and --resume goes on after the last finished block.
+    The folder holds the config, versions, metrics as JSON, the table as Markdown, plots, and the calibrated model. It is made as
+    FOLDER.partial; if it is killed in training, rounding or an evaluation, the same command with --resume goes on, and has lost a
+    minute at most. With --stream the folder is the calibrated model alone, and --resume goes on after the last finished block.
     """
     config = _load(file, overrides, output)
     if stream:
@@ -212,7 +175,7 @@ def run(
         "fptquant evaluate runs/mine --tasks piqa=piqa.jsonl,arc_challenge --limit 200 --samples 3"
     ),
 )
-@_guard
+@guard
 def evaluate(
     folders: Annotated[list[str], typer.Argument(metavar="FOLDER...", help="Run folders, or folders of calibrated models.")],
     text: Annotated[str, typer.Option("--text", help="A text of fptquant ls, or a file.")] = "auto",
@@ -246,8 +209,11 @@ def evaluate(
     """
     if windows != "all" and not (windows.isascii() and windows.isdigit() and int(windows) > 0):
         raise UserError(f"--windows {windows} is no number of windows; write at least 1, or all")
+    from fptquant.models.folders import find_saved
     from fptquant.reports.processes import check_one_process, processes
 
+    for folder in folders:
+        find_saved(folder)
     check_one_process("evaluate")
     from fptquant.reports.further import Further
     from fptquant.reports.progress import Progress
@@ -276,7 +242,7 @@ def evaluate(
 
 
 @app.command("report", epilog="Example: fptquant report runs/fptquant --windows 4 --output page.html")
-@_guard
+@guard
 def report(
     folder: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the folder of a calibrated model.")],
     output: Annotated[str | None, typer.Option("--output", "-o", help="The page; RUN/report.html by default.")] = None,
@@ -300,8 +266,10 @@ def report(
 
     The page holds everything it shows. What it shows is measured on a few windows: minutes for a small model, most for sensitivity.
     """
+    from fptquant.models.folders import find_saved
     from fptquant.reports.processes import check_one_process, processes
 
+    find_saved(folder)
     check_one_process("report")
     from fptquant.reports.progress import Progress
     from fptquant.reports.report import write_report
@@ -327,12 +295,12 @@ def report(
     epilog=(
         "[bold]Examples[/bold]\n\n"
         "fptquant table demo\n\n"
-        "fptquant table demo 'methods=[rtn, gptq, fptquant-local]' 'settings=[w4a16]' --output runs/quick\n\n"
-        "fptquant table configs/tables/demo.yaml 'overrides=[evaluation.text=wikitext2, evaluation.windows=all]' --resume\n\n"
+        "fptquant table demo 'methods=\\[rtn, gptq, fptquant-local]' 'settings=\\[w4a16]' --output runs/quick\n\n"
+        "fptquant table configs/tables/demo.yaml 'overrides=\\[evaluation.text=wikitext2, evaluation.windows=all]' --resume\n\n"
         "fptquant table demo -o runs/whole --from runs/quick --from runs/other-machine"
     ),
 )
-@_guard
+@guard
 def table(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A table's YAML file, or the name of a shipped one (fptquant ls).")],
     overrides: Overrides = None,
@@ -358,11 +326,14 @@ def table(
     makes a table of some of its methods, settings or models, and --from puts their cells together.
     """
     from fptquant.config.tables import load_table, table_cells
+    from fptquant.models.folders import find_model
     from fptquant.reports.grid_folder import check_table
     from fptquant.reports.processes import launched, processes
 
     grid = load_table(file, *(overrides or ()), *_output_override(output))
     device = table_cells(grid)[0].config.device
+    for model in grid.models:
+        find_model(model.model)
     if launched() is None:  # before torch is imported, which takes seconds; several processes first find each other
         check_table(grid, overwrite=overwrite, resume=resume, parts=parts or ())
     from fptquant.reports.grid import make_table
@@ -395,9 +366,11 @@ def _load(file: str, overrides: list[str] | None, output: str | None) -> Config:
 
 
 def _run(config: Config, overwrite: bool, resume: bool, save: bool, threads: int | None) -> None:
+    from fptquant.models.folders import find_model
     from fptquant.reports.processes import launched, processes
     from fptquant.reports.unfinished_run import check_run, config_files
 
+    find_model(config.model)
     if launched() is None:  # before torch is imported, which takes seconds; several processes first find each other
         check_run(config.output_folder, config_files(config), overwrite=overwrite, resume=resume)
     from fptquant.reports.experiment import run_experiment
@@ -419,11 +392,13 @@ def _run(config: Config, overwrite: bool, resume: bool, save: bool, threads: int
 
 
 def _stream(config: Config, overwrite: bool, resume: bool, save: bool, threads: int | None) -> None:
+    from fptquant.models.folders import find_model
     from fptquant.reports.processes import check_one_process, processes, resolve_device
     from fptquant.reports.unfinished_run import check_run, stream_description
 
     if not save:
         raise UserError("--stream does nothing but write the calibrated model; leave out --no-save")
+    find_model(config.model)
     check_one_process("--stream")
     # before torch is imported, which takes seconds
     check_run(config.output_folder, stream_description(config), overwrite=overwrite, resume=resume)

@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from fptquant.config.differences import differences
 from fptquant.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 WORTH_KEEPING = 60.0
@@ -81,6 +82,8 @@ class KeptFile:
 
 def to_bytes(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> bytes:
     """A safetensors file with plain values in its metadata."""
+    from safetensors.torch import save  # imports torch, which takes seconds
+
     return save(dict(tensors), metadata={"fptquant": json.dumps({"format": FORMAT, **rest})})
 
 

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 import fptquant
 from fptquant.cli import app
+from fptquant.config.loading import describe_config, shipped_configs
 from fptquant.evaluation import hidden
 from fptquant.files import KeptFiles
 from fptquant.reports.console import WIDEST, output_console
@@ -62,6 +63,7 @@ def test_saved_models_are_evaluated_in_one_table(model: Path, tmp_path: Path) ->
     assert len(list((tmp_path / "table" / "configs").iterdir())) == 2
     for arguments, message in (
         ([model], "holds no calibrated model"),
+        ([tmp_path / "none"], "there is no folder"),
         ([runs[0], runs[0] / "model"], "is given twice"),
         ([runs[0], "--windows", "few"], "--windows few is no number of windows; write at least 1, or all"),
         ([runs[0], "--window", "128", "--text", "topics"], "with a prefix of 1 tokens = 129 is longer than"),
@@ -278,6 +280,32 @@ def test_show_ls_and_validate() -> None:
     assert broken.exit_code == 2
     assert "seed" in broken.output
     assert invoke("show", "fptquants").exit_code == 2
+    assert "there is no file 'mine.yaml'" in invoke("validate", "mine.yaml").stderr
+
+
+def test_ls_describes_by_whole_sentences() -> None:
+    for path in shipped_configs().values():
+        assert describe_config(path).endswith("."), path
+
+
+def test_mistakes_in_names_are_found_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "made" / "cells").mkdir(parents=True)
+    for arguments, message in (
+        (["run", "rtn", "model=./no/where"], "model folder ./no/where does not exist"),
+        (["run", "rtn", "model=smolm2-135m"], "did you mean smollm2-135m?"),
+        (["run", "rtn", "--stream", "model=./no/where"], "model folder ./no/where does not exist"),
+        (["table", "demo", "models=[./no/where]"], "model folder ./no/where does not exist"),
+        (["evaluate", "no/run"], "there is no folder no/run"),
+        (["report", str(tmp_path / "made")], "is a table; give one of its cells"),
+    ):
+        code = (
+            "import sys\nfrom fptquant.cli import main\n"
+            "try: main()\nexcept SystemExit as end: assert end.code == 2\n"
+            "sys.exit('torch' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert message in done.stderr
 
 
 def test_help_is_quick_and_imports_no_torch() -> None:
@@ -287,6 +315,8 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     )
     assert "fptquant table demo" in invoke("--help").stdout
     assert "evaluation.text=wikitext2" in invoke("run", "--help").stdout
+    assert "'methods=[rtn, gptq, fptquant-local]'" in invoke("table", "--help").stdout
+    assert invoke("--version").stdout.startswith("fptquant 0.")
 
 
 def test_diagnostics_name_the_build() -> None:

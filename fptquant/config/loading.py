@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
@@ -83,6 +84,8 @@ def find_config(path_or_name: str | Path, kind: Literal["methods", "tables"] | N
     shipped = shipped_configs(kind)
     near = difflib.get_close_matches(path.stem, shipped, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
+    if path.suffix in (".yaml", ".yml"):
+        raise UserError(f"there is no file {str(path_or_name)!r}{hint} fptquant ls names the shipped configs")
     raise UserError(f"there is no config {str(path_or_name)!r}{hint} Give a YAML file, or one of: {', '.join(shipped)}")
 
 
@@ -418,6 +421,8 @@ def _at(data: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def describe_config(path: Path) -> str:
-    """The comment at the head of a config, which says what it is in one line."""
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
+    """The first sentence of the comment at the head of a config, which says what it is; nothing without a comment."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    comment = " ".join(line.removeprefix("#").strip() for line in lines)
+    sentence, end, _ = comment.partition(". ")
+    return sentence + end.strip()

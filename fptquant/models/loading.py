@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,9 @@ from torch import Tensor
 from fptquant.errors import UserError
 from fptquant.hub import hub_can_be_reached
 from fptquant.models.architectures import adapter_for
+from fptquant.models.folders import SMOLLM2_NAME, find_model
 from fptquant.models.quiet import quiet_weight_bars
-from fptquant.models.smollm2 import SMOLLM2_NAME, smollm2_folder
+from fptquant.models.smollm2 import smollm2_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,17 +110,8 @@ def _check_device(device: str | torch.device) -> None:
 def _resolve(name: str) -> str:
     if name == SMOLLM2_NAME:
         return str(smollm2_folder())
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists():
-        raise UserError(f"{name} is a file; name the folder that holds config.json and model.safetensors")
-    looks_like_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_like_path:
-        raise UserError(f"model folder {name} does not exist; name a folder, a hub name, or {SMOLLM2_NAME}")
-    if get_close_matches(name, [SMOLLM2_NAME]):
-        raise UserError(f"there is no model {name}; did you mean {SMOLLM2_NAME}?")
-    return name
+    folder = find_model(name)
+    return name if folder is None else str(folder)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

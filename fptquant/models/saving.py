@@ -30,6 +30,7 @@ from fptquant.diagnostics import diagnostics
 from fptquant.errors import UserError
 from fptquant.models.adapter import model_sizes
 from fptquant.models.architectures import view_model
+from fptquant.models.folders import MERGED, TRANSFORMED, find_saved
 from fptquant.models.instrument import instrument_for, load_ranges_, range_tensors, set_modes
 from fptquant.models.loading import align_weights_
 from fptquant.models.prefix import Prefix, model_prefixes, prefix_length
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from fptquant.config.schema import Config
 
 QUANTIZERS, TRANSFORMS, PREFIX = "quantizers.safetensors", "transforms.safetensors", "prefix.safetensors"
-MERGED, TRANSFORMED, HIDDEN_CONFIG = "merged", "transformed", "model_config.json"
+HIDDEN_CONFIG = "model_config.json"
 
 
 def _prefix_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -85,13 +86,13 @@ def _disk_errors() -> Iterator[None]:
 class CalibrationResult:
     """A calibrated model, and how it came about."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel = field(repr=False)
     """Full-precision weights with the transforms merged, or what rounding has made of them; quantizers simulate the setting in
     every forward pass."""
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
     config: Config
     """As it was given, with the prefix as token ids."""
-    transforms: ModelTransforms
+    transforms: ModelTransforms = field(repr=False)
     metrics: dict[str, Any] = field(default_factory=dict)
     """Seconds of each stage, and what the stages report."""
 
@@ -140,11 +141,6 @@ def save_description(result: CalibrationResult, folder: Path) -> None:
     (folder / "config.yaml").write_text(dump_config(result.config), encoding="utf-8")
     write_json(folder / "environment.json", diagnostics())
     write_json(folder / "metrics.json", {**result.metrics, "transforms": result.transforms.describe()})
-
-
-def check_saved(folder: Path) -> bool:
-    """Whether a folder looks like a calibrated model."""
-    return (folder / "config.yaml").is_file() and any((folder / name).is_dir() for name in (MERGED, TRANSFORMED))
 
 
 def _weights_folder(folder: Path) -> Path:
@@ -211,21 +207,6 @@ def _load_weights(weights: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     if info["missing_keys"]:
         raise UserError(f"{weights} lacks {sorted(info['missing_keys'])[0]}; calibrate and save again")
     return model, tokenizer
-
-
-def find_saved(path: str | Path) -> Path:
-    """The folder of a calibrated model: this one, or the ``model`` of a run folder.
-
-    Raises:
-        UserError: if neither holds one.
-    """
-    folder = Path(path)
-    for candidate in (folder, folder / "model"):
-        if check_saved(candidate):
-            return candidate
-    raise UserError(
-        f"{path} holds no calibrated model; give a run folder of `fptquant run` (without --no-save), or a folder that save() wrote"
-    )
 
 
 def load_calibrated(folder: str | Path, *, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

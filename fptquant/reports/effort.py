@@ -13,7 +13,7 @@ from typing import Self
 
 import torch
 
-from fptquant.files import WORTH_KEEPING, KeptFiles, replace_file
+from fptquant.files import KeptFiles, replace_file
 from fptquant.memory import peak_bytes, reset_peak, return_memory
 from fptquant.reports.unfinished_run import CHECKPOINT
 from fptquant.stages.distributed import gathered, on_main, rank, world_size
@@ -53,11 +53,11 @@ class Effort:
 class EffortMeter:
     """Measures what a block takes, on top of what was written in the same unfinished run before.
 
-    The account is written when a minute has passed, and when the block ends in whatever way: a process that is killed loses that
-    minute. Each of several processes has a file of its own. Memory that earlier work of this process has left does not count.
+    The account is written whenever a second has passed, and when the block ends in whatever way: a process that is killed loses
+    that second. Each of several processes has a file of its own. Memory that earlier work of this process has left does not count.
     """
 
-    def __init__(self, folder: Path, device: torch.device, *, keep_seconds: float = WORTH_KEEPING) -> None:
+    def __init__(self, folder: Path, device: torch.device, *, keep_seconds: float = 1.0) -> None:
         self._folder, self._device = folder, device
         self._kept = KeptFiles(folder, keep_seconds).file(_name(rank()))
         self._earlier = _read(self._kept.path)

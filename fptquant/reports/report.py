@@ -10,7 +10,7 @@ from fptquant.config.loading import load_config
 from fptquant.errors import UserError
 from fptquant.files import replace_file
 from fptquant.float32_products import fast_float32_products
-from fptquant.models.saving import find_saved
+from fptquant.models.folders import find_saved
 from fptquant.reports.diagnosis import diagnose
 from fptquant.reports.page import Run, render
 from fptquant.reports.processes import resolve_device

@@ -22,8 +22,9 @@ from fptquant.evaluation.evaluate import build_reference, evaluate_windows
 from fptquant.evaluation.teacher import ProgressCallback
 from fptquant.evaluation.zero_shot import kept_tasks
 from fptquant.files import KeptFiles
+from fptquant.models.folders import find_saved
 from fptquant.models.loading import load_model
-from fptquant.models.saving import find_saved, load_calibrated
+from fptquant.models.saving import load_calibrated
 from fptquant.reports.experiment import DTYPES
 from fptquant.reports.further import Further, FurtherMeasurements
 from fptquant.reports.processes import resolve_device

@@ -104,8 +104,8 @@ class _Column:
     text: Callable[[Row], str]
     right: bool = True
     always: bool = False
-    width: int = 0
-    """Characters of a terminal that shows it; files have it."""
+    dispensable: int = 0
+    """The higher, the sooner a narrow terminal leaves it out; 0: never. Files have it."""
 
 
 def _of_evaluation(show: Callable[[Evaluation], str]) -> Callable[[Row], str]:
@@ -138,8 +138,6 @@ def _mebibytes(size: int | None) -> str:
     return _optional(size, lambda value: f"{value / 2**20:,.0f}")
 
 
-_WIDE = 110
-"""Characters of terminals that show more columns, but not all."""
 _ALL_COLUMNS = (
     _Column("model", lambda row: row.model or "-", right=False),
     _Column("method", lambda row: row.method, right=False, always=True),
@@ -147,17 +145,17 @@ _ALL_COLUMNS = (
     _Column("perplexity", _of_evaluation(lambda found: format_perplexity(found.perplexity)), always=True),
     _Column("published", _published),
     _Column("JSD", _of_evaluation(lambda found: _optional(found.jsd, "{:.4f}".format)), always=True),
-    _Column("KL", lambda row: _optional(row.evaluation.kl if row.evaluation else None, "{:.4f}".format), width=WIDEST),
+    _Column("KL", lambda row: _optional(row.evaluation.kl if row.evaluation else None, "{:.4f}".format), dispensable=4),
     _Column("top-1", _of_evaluation(lambda found: _optional(found.top1_agreement, _percent)), always=True),
     _Column("zero-shot", lambda row: _optional(row.mean_accuracy, _percent)),
     _Column(
-        "added MACs", lambda row: "-" if row.cost is None or not row.cost.added else f"{100 * row.cost.share:.2f} %", width=_WIDE
+        "added MACs", lambda row: "-" if row.cost is None or not row.cost.added else f"{100 * row.cost.share:.2f} %", dispensable=2
     ),
-    _Column("scales", lambda row: "-" if row.cost is None else row.cost.scales.replace("none", "-"), width=_WIDE),
+    _Column("scales", lambda row: "-" if row.cost is None else row.cost.scales.replace("none", "-"), dispensable=1),
     _Column("seconds", lambda row: _optional(row.seconds, "{:.1f}".format), always=True),
-    _Column("CPU seconds", lambda row: _optional(row.cpu_seconds, "{:.1f}".format), width=WIDEST),
-    _Column("peak MiB", lambda row: _mebibytes(row.peak_bytes), width=_WIDE),
-    _Column("CUDA MiB", lambda row: _mebibytes(row.cuda_peak_bytes), width=WIDEST),
+    _Column("CPU seconds", lambda row: _optional(row.cpu_seconds, "{:.1f}".format), dispensable=5),
+    _Column("peak MiB", lambda row: _mebibytes(row.peak_bytes), dispensable=3),
+    _Column("CUDA MiB", lambda row: _mebibytes(row.cuda_peak_bytes), dispensable=6),
 )
 _MEANINGS = {
     "JSD": "mean Jensen-Shannon divergence from the full-precision model in nats",
@@ -202,28 +200,43 @@ def format_perplexity(value: float) -> str:
     return f"{value:,.0f}" if value < 1e5 else f"{value:.1e}"
 
 
-def caption(rows: Sequence[Row]) -> str:
-    """What the numbers were measured on and how to read them."""
+def caption(rows: Sequence[Row], shown: Sequence[str] | None = None) -> str:
+    """What the numbers were measured on and how to read them.
+
+    Args:
+        shown: titles of the columns that are explained; by default of all that these rows have.
+    """
     found = [row.evaluation for row in rows if row.evaluation is not None]
     texts = sorted({evaluation.text_name for evaluation in found})
     tokens = sorted({evaluation.tokens for evaluation in found})
     measured = f"Text: {', '.join(texts)}, {' or '.join(f'{count:,}' for count in tokens)} predictions. " if found else ""
-    shown = column_titles(rows)
+    shown = column_titles(rows) if shown is None else shown
     sources = sorted({row.source for row in rows if row.source is not None})
     papers = f" Published values: {'; '.join(sources)}." if sources else ""
     return measured + "; ".join(f"{title}: {meaning}" for title, meaning in _MEANINGS.items() if title in shown) + "." + papers
 
 
 def rich_table(rows: Sequence[Row], *, title: str, width: int = WIDEST) -> Table:
-    """The table for a terminal of so many characters a line."""
+    """The table for a terminal of so many characters a line; columns that do not fit are left out."""
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, caption=caption(rows), caption_justify="left", title_justify="left")
-    columns = [column for column in _columns(rows) if width >= column.width]
+    columns = _columns(rows)
+    while _least_width(columns, rows) > width and any(column.dispensable for column in columns):
+        columns.remove(max(columns, key=lambda column: column.dispensable))
+    legend = caption(rows, [column.title for column in columns])
+    table = Table(title=title, caption=legend, caption_justify="left", title_justify="left")
+    fits = _least_width(columns, rows) <= width
     for column in columns:
-        # a long setting takes several lines
-        table.add_column(column.title, justify="right" if column.right else "left", no_wrap=column.title != "setting")
+        # a long setting takes several lines, and its label stays in one piece where there is room
+        least = _least_characters(column, rows) if fits else None
+        table.add_column(
+            column.title,
+            justify="right" if column.right else "left",
+            no_wrap=column.title != "setting",
+            overflow="fold",
+            min_width=least,
+        )
     previous = None
     for row in rows:
         if previous is not None and (row.model, row.setting) != previous:
@@ -231,6 +244,16 @@ def rich_table(rows: Sequence[Row], *, title: str, width: int = WIDEST) -> Table
         previous = row.model, row.setting
         table.add_row(*(escape(column.text(row)) for column in columns))
     return table
+
+
+def _least_characters(column: _Column, rows: Sequence[Row]) -> int:
+    texts = [column.title, *map(column.text, rows)]
+    return max(len(part) for text in texts for part in (text.split() if column.title == "setting" else [text]))
+
+
+def _least_width(columns: Sequence[_Column], rows: Sequence[Row]) -> int:
+    """Characters a line that a table takes at least, with its rules."""
+    return sum(_least_characters(column, rows) + 3 for column in columns) + 1
 
 
 def markdown_table(rows: Sequence[Row], *, title: str, state: str = "", picture: str | None = None) -> str:

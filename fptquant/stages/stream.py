@@ -37,10 +37,11 @@ from fptquant.fingerprint import tensors_digest
 from fptquant.float32_products import fast_float32_products
 from fptquant.models.adapter import model_sizes
 from fptquant.models.architectures import view_model
+from fptquant.models.folders import MERGED, TRANSFORMED
 from fptquant.models.instrument import get_context, instrument_for, range_tensors
 from fptquant.models.loading import check_finite_weight, load_tokenizer, local_folder
 from fptquant.models.prefix import fill_prefix_, model_prefixes, prefix_off
-from fptquant.models.saving import MERGED, QUANTIZERS, TRANSFORMED, CalibrationResult, save_description
+from fptquant.models.saving import QUANTIZERS, CalibrationResult, save_description
 from fptquant.models.shards import Checkpoint, ShardWriter, join_shards, read_rows, read_tensor, write_index, write_shard
 from fptquant.models.streaming import (
     PartialDecoder,

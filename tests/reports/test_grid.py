@@ -17,11 +17,10 @@ import yaml
 from fptquant.config.loading import load_config
 from fptquant.config.tables import TableConfig, load_table, table_cells
 from fptquant.errors import UserError
-from fptquant.evaluation.cost import RuntimeCost
 from fptquant.evaluation.evaluate import Evaluation
 from fptquant.reports import experiment
 from fptquant.reports.grid import Table, make_table
-from fptquant.reports.table import Row, latex_table, rich_table
+from fptquant.reports.table import Row, latex_table
 from fptquant.stages import find_prefix
 from fptquant.stages.progress import quiet
 from fptquant.training.checkpoint import Checkpoint, save_checkpoint
@@ -148,25 +147,6 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_narrow_terminals_get_fewer_columns() -> None:
-    cost = RuntimeCost({"T_d": 5}, 500, "static")
-    rows = [
-        Row(
-            "rtn",
-            "w4a8kv8-static",
-            Evaluation(29.2, 0.1, 0.9, 8184, 3.0, "a text"),
-            3.0,
-            cost=cost,
-            cpu_seconds=5.0,
-            peak_bytes=2**30,
-        )
-    ]
-    heads = [[column.header for column in rich_table(rows, title="t", width=width).columns] for width in (80, 120, 140)]
-    assert heads[0] == ["method", "setting", "perplexity", "JSD", "top-1", "seconds"]
-    assert set(heads[1]) - set(heads[0]) == {"added MACs", "scales", "peak MiB"}
-    assert set(heads[2]) - set(heads[1]) == {"CPU seconds"}
-
-
 def test_cells_are_run_folders(model: Path, tmp_path: Path) -> None:
     made = make(grid(tmp_path / "out", model, methods=[TRANSFORMED], settings=["w4a16"]))
     cell = tmp_path / "out" / "cells" / "tiny" / "rotated-w4a16"

@@ -189,7 +189,7 @@ def test_what_is_refused_before_any_work(run: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "file").write_text("")
     for arguments, message in (
-        ([tmp_path / "nowhere"], "holds no calibrated model; give a run folder"),
+        ([tmp_path / "nowhere"], "there is no folder"),
         ([tmp_path], "holds no calibrated model"),
         ([run, "--output", run / "config.yaml"], "is no name of a page; give one that ends in .html"),
         ([run, "--output", tmp_path / "no" / "page.html"], "lies in a folder that does not exist"),

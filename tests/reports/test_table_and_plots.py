@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
+from fptquant.evaluation.cost import RuntimeCost
 from fptquant.evaluation.evaluate import Evaluation
 from fptquant.reports.plots import (
     logarithmic,
@@ -58,10 +60,30 @@ def test_terminal() -> None:
     assert "12.3 %" in shown
 
 
+@pytest.mark.parametrize("width", [80, 100, 110, 120, 132, 180])
+def test_a_terminal_has_as_many_columns_as_fit_and_explains_these_alone(width: int) -> None:
+    cost = RuntimeCost({"T_d": 1}, 100, "static")
+    assert ROWS[1].evaluation is not None
+    evaluation = replace(ROWS[1].evaluation, kl=0.5)
+    long = "w4a8kv8-static, activations and cache centered, prefix of 1 token"
+    row = Row("fptquant-local-gptq", long, evaluation, 2180.9, cost=cost, cpu_seconds=99.5, peak_bytes=2**30)
+    console = Console(file=io.StringIO(), width=width)
+    console.print(rich_table([ROWS[0], row], title="demo", width=width))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+    label = "w4a8kv8-static," if width > 80 else "w4a8kv8-stat"  # folded
+    assert all(part in shown for part in ("fptquant-local-gptq", label, "0.6100", "12.3 %", "2180.9"))
+    head = shown.splitlines()[2]
+    legend = " ".join(shown.partition("Text:")[2].split())
+    for title, needs in {"scales": 100, "added MACs": 110, "peak MiB": 120, "KL": 132, "CPU seconds": 180}.items():
+        assert (title in head) == (f"{title}:" in legend)
+        assert title in head or width < needs
+
+
 def test_a_long_setting_does_not_hide_the_numbers() -> None:
     console = Console(file=io.StringIO(), width=70)
     long = Row("fptquant-local", "w4a4kv4-static, prefix of 1 token, without one kept", ROWS[1].evaluation, 2180.9)
-    console.print(rich_table([ROWS[0], long], title="demo"))
+    console.print(rich_table([ROWS[0], long], title="demo", width=70))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(part in shown for part in ("fptquant-local", "infinite", "0.6100", "12.3 %", "2180.9"))
 
