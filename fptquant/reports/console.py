@@ -7,7 +7,7 @@ from typing import Final
 
 from rich.console import Console
 
-WIDEST: Final = 130
+WIDEST: Final = 180
 """Characters a line at which a table of results shows every column."""
 
 
