@@ -146,7 +146,6 @@ def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
     assert r"elsewhere & (7.25) \\" in latex
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_cells_are_run_folders(model: Path, tmp_path: Path) -> None:
     made = make(grid(tmp_path / "out", model, methods=[TRANSFORMED], settings=["w4a16"]))
     cell = tmp_path / "out" / "cells" / "tiny" / "rotated-w4a16"
