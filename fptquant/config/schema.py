@@ -7,9 +7,9 @@ Parts of their own: `fptquant.config.quantization`, `fptquant.config.transforms`
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from fptquant.config.quantization import QuantizationConfig, QuantizationSetting
 from fptquant.config.strict import StrictModel
@@ -67,6 +67,22 @@ class CalibrationConfig(StrictModel):
     text: str = Field(default="topics", min_length=1)
     windows: int = Field(default=16, ge=1)
     window: int = Field(default=512, ge=2)
+    context: int | None = Field(
+        default=None,
+        ge=2,
+        description="positions over which the windows are spread, since RoPE turns keys by their positions; null: each begins at 0",
+    )
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> Self:
+        if self.context is not None and self.context < self.window:
+            raise ValueError(f"context = {self.context} is shorter than window = {self.window}; a context holds a window at least")
+        return self
+
+    def first_position(self, window: int) -> int:
+        """Where a window begins, counted from 0: they are spread evenly, and the last one ends with the context."""
+        steps = self.windows - 1
+        return 0 if self.context is None or steps == 0 else window * (self.context - self.window) // steps
 
 
 class ZeroShotConfig(StrictModel):

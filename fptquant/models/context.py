@@ -126,6 +126,17 @@ def find_token_index(length: int, past: int, inputs: dict[str, Any]) -> Tensor:
     return torch.arange(past, past + length)[None]
 
 
+def placed(tokens: Tensor, first: int) -> dict[str, Tensor]:
+    """Arguments of a pass over texts [B, T] that stand at the positions from ``first`` on, although nothing is before them.
+
+    The mask says where texts begin, so that the first tokens of a text are still its first (`find_token_index`).
+    """
+    if first == 0:
+        return {}
+    positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+    return {"position_ids": positions.expand_as(tokens), "attention_mask": torch.ones_like(tokens)}
+
+
 def begin_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the decoder: fills its context. A plain function, so that deep copies stay independent."""
     context = module.context

@@ -20,7 +20,7 @@ from fptquant.errors import UserError
 from fptquant.models.adapter import ModelView
 from fptquant.models.architectures import view_model
 from fptquant.models.cache_argument import cache_argument
-from fptquant.models.context import ForwardContext
+from fptquant.models.context import ForwardContext, placed
 from fptquant.models.loading import check_finite_weight
 from fptquant.models.shards import Checkpoint
 
@@ -199,17 +199,18 @@ class PartialDecoder:
             view.replace("embedding", embedding)
             view.replace("final_norm", norm)
 
-    def run(self, tokens: Tensor, state: PartState | None, cache: Cache | None = None) -> PartState:
+    def run(self, tokens: Tensor, state: PartState | None, cache: Cache | None = None, first_position: int = 0) -> PartState:
         """Windows through the part that `only` left in place.
 
         Args:
             cache: takes the keys and values of the part; none are kept by default.
+            first_position: of every window.
 
         Shape: tokens [B, T], int64, whose values only the embedding reads; state: what the part before returned.
         """
         self._stored.state, self._caught.running_scale = state, None
         kept = {cache_argument(type(self._decoder)): cache, "use_cache": cache is not None}
-        output = self._decoder(input_ids=tokens, **kept).last_hidden_state
+        output = self._decoder(input_ids=tokens, **kept, **placed(tokens, first_position)).last_hidden_state
         return PartState(output, self._caught.running_scale)
 
     def run_in_parts(self, tokens: Tensor, state: PartState | None, at_once: int) -> PartState:

@@ -89,6 +89,8 @@ def calibration_windows(
     if not needs_calibration_text(config):
         return torch.empty((0, config.calibration.window), dtype=torch.int64)
     check_window(model.config, config.calibration.window, "the calibration window")
+    if config.calibration.context is not None:
+        check_window(model.config, config.calibration.context, "calibration.context")
     wanted = config.calibration.text if text is None else text
     loaded = load_text(wanted, "calibration") if isinstance(wanted, str) else wanted
     return token_windows(tokenizer, loaded, config.calibration.windows, config.calibration.window, seed=config.seed)
@@ -364,7 +366,8 @@ def _finish_(
                 set_weight_ranges_(model, progress=progress)
         if training is None and config.outdated_ranges:
             with stage("activation ranges, anew"):
-                set_activation_ranges_(model, texts.windows, kinds=config.outdated_ranges, progress=progress)
+                kinds, places = config.outdated_ranges, config.calibration.first_position
+                set_activation_ranges_(model, texts.windows, kinds=kinds, first_position=places, progress=progress)
     if training is not None:
         report["training"] = stage.lasting(
             "end-to-end training", lambda: train_(model, transforms, config, training, weights=weights, **kept)
@@ -412,5 +415,5 @@ def _prepare_(
     with stage("weight ranges"):
         set_weight_ranges_(model, progress=progress)
     with stage("activation ranges"):
-        set_activation_ranges_(model, windows, progress=progress)
+        set_activation_ranges_(model, windows, first_position=config.calibration.first_position, progress=progress)
     return config, transforms, report | prefix_report

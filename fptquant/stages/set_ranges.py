@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fptquant.models.architectures import view_model
+from fptquant.models.context import placed
 from fptquant.models.instrument import iter_quantizers, quantized_linears, set_modes
 from fptquant.quantizers.quantizer import Mode, Quantizer
 from fptquant.quantizers.ranges import RangeSetter
@@ -31,7 +32,12 @@ def set_weight_ranges_(model: nn.Module, *, progress: Progress = quiet) -> None:
 
 @torch.no_grad()
 def set_activation_ranges_(
-    model: PreTrainedModel, windows: Tensor, *, kinds: Sequence[Kind] = ("activation", "kv_cache"), progress: Progress = quiet
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    kinds: Sequence[Kind] = ("activation", "kv_cache"),
+    first_position: Callable[[int], int] = lambda window: 0,
+    progress: Progress = quiet,
 ) -> None:
     """Sets the centers and ranges of activation and KV cache quantizers from calibration windows, and switches them on.
 
@@ -42,6 +48,8 @@ def set_activation_ranges_(
 
     Args:
         kinds: those whose centers and ranges are set; the other kind keeps its own.
+        first_position: of the window of an index. RoPE makes what a model computes depend on differences of positions alone, but
+            the keys on positions: their ranges hold for those at which they were seen.
 
     Shape:
         windows: [windows, window], int64.
@@ -52,7 +60,8 @@ def set_activation_ranges_(
     decoder = view_model(model).decoder
 
     def run(index: int) -> None:
-        decoder(input_ids=windows[index][None].to(model.device), use_cache=False)
+        tokens = windows[index][None].to(model.device)
+        decoder(input_ids=tokens, use_cache=False, **placed(tokens, first_position(index)))
 
     observe_windows_(model, run, len(windows), kinds=kinds, shared=True, progress=progress)
 

@@ -370,7 +370,8 @@ class _Run:
 
             def run(index: int) -> None:
                 nonlocal stored
-                state = self.decoder.run(windows[index][None].to(device), self._state(part, index, device))
+                first = self.config.calibration.first_position(index)
+                state = self.decoder.run(windows[index][None].to(device), self._state(part, index, device), first_position=first)
                 if index == stored:  # in the first pass
                     stored += 1
                     writer.write(state.hidden)

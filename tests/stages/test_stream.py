@@ -131,6 +131,7 @@ BARE = tuple(f"transforms.{name}=false" for name in ("query_key_rotation", "valu
         pytest.param(("quantization=w4a4kv4-dynamic", "quantization.prefix=[7,3,7]"), id="prefix without text"),
         pytest.param(("quantization.activation.range.method=min_max", "quantization.kv_cache.range.method=min_max"), id="min max"),
         pytest.param(CENTERED, id="centers"),
+        pytest.param(("calibration.context=100", "quantization.full_precision_tokens=1", *CENTERED), id="spread windows"),
         pytest.param(("quantization=w4a4kv4-dynamic", *CENTERED), id="centers of dynamic ranges"),
     ],
 )
