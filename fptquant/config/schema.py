@@ -70,7 +70,7 @@ class CalibrationConfig(StrictModel):
     context: int | None = Field(
         default=None,
         ge=2,
-        description="positions over which the windows are spread, since RoPE turns keys by their positions; null: each begins at 0",
+        description="positions over which these windows, and those of end-to-end training, are spread; null: all begin at 0",
     )
 
     @model_validator(mode="after")

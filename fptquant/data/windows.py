@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fptquant.data.text import Text
 from fptquant.errors import UserError
+from fptquant.fingerprint import tensors_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +47,12 @@ def token_windows(
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(available, generator=generator)[:wanted]
     return cut[chosen.sort().values]
+
+
+def own_position(window: Tensor, context: int | None) -> int:
+    """Where a window of tokens [T] begins among ``context`` positions: anywhere, but the same one always there; at 0 without them."""
+    free = 0 if context is None else context - len(window)
+    return 0 if free <= 0 else int(tensors_digest(window), 16) % (free + 1)
 
 
 def check_window(model_config: Any, window: int, what: str) -> None:

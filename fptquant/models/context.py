@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,15 +126,17 @@ def find_token_index(length: int, past: int, inputs: dict[str, Any]) -> Tensor:
     return torch.arange(past, past + length)[None]
 
 
-def placed(tokens: Tensor, first: int) -> dict[str, Tensor]:
+def placed(tokens: Tensor, first: Sequence[int]) -> dict[str, Tensor]:
     """Arguments of a pass over texts [B, T] that stand at the positions from ``first`` on, although nothing is before them.
 
     The mask says where texts begin, so that the first tokens of a text are still its first (`find_token_index`).
+
+    Shape: first has a place for each text.
     """
-    if first == 0:
+    if not any(first):
         return {}
-    positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
-    return {"position_ids": positions.expand_as(tokens), "attention_mask": torch.ones_like(tokens)}
+    positions = torch.tensor(first)[:, None] + torch.arange(tokens.shape[1])
+    return {"position_ids": positions.to(tokens.device), "attention_mask": torch.ones_like(tokens)}
 
 
 def begin_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

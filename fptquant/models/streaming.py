@@ -210,7 +210,7 @@ class PartialDecoder:
         """
         self._stored.state, self._caught.running_scale = state, None
         kept = {cache_argument(type(self._decoder)): cache, "use_cache": cache is not None}
-        output = self._decoder(input_ids=tokens, **kept, **placed(tokens, first_position)).last_hidden_state
+        output = self._decoder(input_ids=tokens, **kept, **placed(tokens, [first_position] * len(tokens))).last_hidden_state
         return PartState(output, self._caught.running_scale)
 
     def run_in_parts(self, tokens: Tensor, state: PartState | None, at_once: int) -> PartState:

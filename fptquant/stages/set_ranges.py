@@ -61,7 +61,7 @@ def set_activation_ranges_(
 
     def run(index: int) -> None:
         tokens = windows[index][None].to(model.device)
-        decoder(input_ids=tokens, use_cache=False, **placed(tokens, first_position(index)))
+        decoder(input_ids=tokens, use_cache=False, **placed(tokens, [first_position(index)]))
 
     observe_windows_(model, run, len(windows), kinds=kinds, shared=True, progress=progress)
 

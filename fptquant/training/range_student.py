@@ -67,8 +67,15 @@ class RangeStudent(EndToEndStudent):
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, unrounded: Mapping[str, Tensor], settings: RangeTrainingConfig) -> None:
-        super().__init__(model, settings)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        unrounded: Mapping[str, Tensor],
+        settings: RangeTrainingConfig,
+        *,
+        positions: int | None = None,
+    ) -> None:
+        super().__init__(model, settings, positions=positions)
         for linear, quantizer in quantized_linears(model):
             linear.weight.copy_(quantizer(linear.weight))
             trained = self.trained_ranges.get(quantizer.name)

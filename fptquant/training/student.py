@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from fptquant import ops
 from fptquant.config.training import EndToEndConfig, OptimizationConfig
+from fptquant.data.windows import own_position
 from fptquant.evaluation.hidden import first_nonfinite_module
 from fptquant.fingerprint import tensors_digest
 from fptquant.models.architectures import view_model
+from fptquant.models.context import placed
 from fptquant.models.instrument import get_context, iter_quantizers, quantizers_off
 from fptquant.models.prefix import prefix_off
 from fptquant.quantizers.quantizer import Quantizer
@@ -228,12 +230,24 @@ class EndToEndStudent(Student):
     """Student and teacher on one copy of the base weights: ``forward`` gives the loss.
 
     A prefix, if any, has its keys and values. `finish_` leaves an ordinary calibrated model.
+
+    Args:
+        positions: the student reads each window at a place of its own among so many positions, so that the ranges of keys, which
+            RoPE turns, are learned for all of these; by default at the beginning. What the teacher says does not depend on it.
     """
 
     settings: EndToEndConfig
 
-    def __init__(self, model: PreTrainedModel, settings: EndToEndConfig, transforms: ModelTransforms | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: EndToEndConfig,
+        transforms: ModelTransforms | None = None,
+        *,
+        positions: int | None = None,
+    ) -> None:
         super().__init__(model, settings, transforms, range(view_model(model).num_layers))
+        self.positions = positions
         self.context = get_context(model)
         self.view = view_model(model)
         self._remembered: dict[str, Tensor] = {}
@@ -250,15 +264,16 @@ class EndToEndStudent(Student):
         with quantizers_off(self.model), self.context.teacher(), prefix_off(self.model):
             yield
 
-    def _hidden(self, tokens: Tensor) -> Tensor:
+    def _hidden(self, tokens: Tensor, **places: Tensor) -> Tensor:
         device = self.model.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.autocast == "bfloat16"):
-            hidden: Tensor = self.view.decoder(input_ids=tokens.to(device), use_cache=False)[0]
+            hidden: Tensor = self.view.decoder(input_ids=tokens.to(device), use_cache=False, **places)[0]
         return hidden
 
     def _student_hidden(self, tokens: Tensor) -> Tensor:
         self._prepare()
-        return self._hidden(tokens)
+        first = [own_position(window, self.positions) for window in tokens]
+        return self._hidden(tokens, **placed(tokens.to(self.model.device), first))
 
     @torch.no_grad()
     def _teacher_hidden(self, tokens: Tensor) -> Tensor:

@@ -36,8 +36,10 @@ class TransformStudent(EndToEndStudent):
 
     settings: TrainingConfig
 
-    def __init__(self, model: PreTrainedModel, transforms: ModelTransforms, settings: TrainingConfig) -> None:
-        super().__init__(model, settings, transforms)
+    def __init__(
+        self, model: PreTrainedModel, transforms: ModelTransforms, settings: TrainingConfig, *, positions: int | None = None
+    ) -> None:
+        super().__init__(model, settings, transforms, positions=positions)
         self.rotation = self._start_rotation() if settings.lr.residual_rotation is not None else None
         if self.rotation is not None:
             self._collect_transforms([("model", self.rotation)])

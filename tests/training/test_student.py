@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from fptquant.config.quantization import QuantizationConfig
 from fptquant.config.training import TrainingConfig
-from fptquant.models.instrument import instrument, iter_quantizers, load_ranges_, range_tensors, set_modes
-from fptquant.models.prefix import compute_prefix_, prefix_off
+from fptquant.data.windows import own_position
+from fptquant.models.instrument import instrument, iter_quantizers, load_ranges_, quantizers_off, range_tensors, set_modes
+from fptquant.models.prefix import compute_prefix_, prefix_off, shift_keys
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
 from fptquant.training.transform_student import TransformStudent, attach_transforms_
@@ -86,6 +87,28 @@ def loud_model(architecture: str, dtype: torch.dtype, factor: float) -> PreTrain
     model = fused_model(architecture, "hidden-36", dtype=dtype)
     model.get_input_embeddings().weight.data[:, 5] *= factor
     return model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_windows_stand_at_places_of_their_own(architecture: str) -> None:
+    tokens, student = token_ids(3, 12), make(architecture)
+    places = [own_position(window, 100) for window in tokens]
+    assert len(set(places)) > 1
+    assert all(0 <= place <= 88 for place in places)
+    assert places == [own_position(window.clone(), 100) for window in tokens]
+    assert [own_position(window, length) for window, length in zip(tokens, (None, 12, 5), strict=True)] == [0, 0, 0]
+    seen: list[Tensor] = []
+    for name, quantizer in iter_quantizers(student.model):
+        if name == "layers.0.k_cache":
+            quantizer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    with torch.no_grad(), quantizers_off(student.model):
+        hidden = student._student_hidden(tokens)
+        student.positions = 100
+        moved = student._student_hidden(tokens)
+    torch.testing.assert_close(moved, hidden, rtol=1e-4, atol=1e-4)  # angles of RoPE are float32
+    expected = torch.stack([shift_keys(x, student.view.get("rotary").inv_freq, p) for x, p in zip(seen[0], places, strict=True)])
+    torch.testing.assert_close(seen[1], expected, rtol=1e-4, atol=1e-4)
+    assert (seen[1] - seen[0]).abs().max() > 0.1
 
 
 @torch.no_grad()
