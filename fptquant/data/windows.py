@@ -50,7 +50,9 @@ def token_windows(
 
 
 def own_position(window: Tensor, context: int | None) -> int:
-    """Where a window of tokens [T] begins among ``context`` positions: anywhere, but the same one always there; at 0 without them."""
+    """Where a window of tokens [T] begins among ``context`` positions: anywhere, but equal ones at one place; at 0 without a
+    context.
+    """
     free = 0 if context is None else context - len(window)
     return 0 if free <= 0 else int(tensors_digest(window), 16) % (free + 1)
 

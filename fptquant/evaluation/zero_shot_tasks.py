@@ -288,15 +288,20 @@ def _load_data(manager: Any, name: str) -> dict[str, Any]:
 
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Without lm-eval's bar over its requests, and its warnings that a model is given as an object and data by a function."""
+    """Without lm-eval's bar over its requests, its warnings that a model is given as an object and data by a function, and its
+    question to git for a commit, which git answers with an error outside of a repository.
+    """
     import lm_eval.api.task as module
+    from lm_eval import evaluator
 
-    logger, bar = logging.getLogger("lm_eval"), module.tqdm
+    logger, bar, ask_git = logging.getLogger("lm_eval"), module.tqdm, evaluator.get_git_commit_hash
     level = logger.level
     logger.setLevel(logging.ERROR)
     module.tqdm = lambda items, **unused: items
+    evaluator.get_git_commit_hash = lambda: None
     try:
         yield
     finally:
         module.tqdm = bar
+        evaluator.get_git_commit_hash = ask_git
         logger.setLevel(level)

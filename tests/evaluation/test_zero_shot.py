@@ -175,6 +175,15 @@ def test_one_task_does_not_depend_on_the_others_and_the_first_examples_are_taken
     assert shown == [*((done, 4, "piqa") for done in range(5)), *((done, 2, "lambada_openai") for done in range(3))]
 
 
+def test_nothing_is_printed_outside_of_a_git_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tasks = f"lambada={write_tasks(tmp_path, SHARED)}/lambada_openai.jsonl"
+    monkeypatch.chdir(tmp_path)
+    evaluate_zero_shot(make("static"), closing_tokenizer(), tasks, limit=2)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_what_is_longer_than_the_context_is_counted(tmp_path: Path) -> None:
     long = {"context": "word " * 40 + "last", "continuation": "word"}
     file = write_lines(tmp_path / "lambada.jsonl", [long, SHARED["lambada_openai"][2]])
