@@ -128,11 +128,16 @@ def check_prefix_model(model: PreTrainedModel) -> None:
     Raises:
         UserError: if the angles of RoPE depend on the length of the text.
     """
+    check_movable(model, "a prefix", "quantization.prefix")
+
+
+def check_movable(model: PreTrainedModel, what: str, setting: str) -> None:
+    """Finds out whether this model computes the same of a text wherever it stands; errors as in `check_prefix_model`."""
     kind = getattr(view_model(model).get("rotary"), "rope_type", "default")
     if kind not in ROPE_TYPES:
         raise UserError(
-            f"a prefix is not possible with RoPE of type {kind}, whose frequencies change with the length of the text; "
-            f"set quantization.prefix=null (possible: {', '.join(ROPE_TYPES)})"
+            f"{what} is not possible with RoPE of type {kind}, whose frequencies change with the length of the text; "
+            f"set {setting}=null (possible: {', '.join(ROPE_TYPES)})"
         )
 
 

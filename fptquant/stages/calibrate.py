@@ -27,7 +27,7 @@ from fptquant.models.adapter import model_sizes
 from fptquant.models.architectures import view_model
 from fptquant.models.instrument import check_instrument, instrument_for, load_ranges_, range_tensors, set_modes
 from fptquant.models.loading import check_finite_weights
-from fptquant.models.prefix import compute_prefix_
+from fptquant.models.prefix import check_movable, compute_prefix_
 from fptquant.models.saving import CalibrationResult
 from fptquant.quantizers.sites import weight_spec
 from fptquant.reports.progress import Progress
@@ -60,10 +60,13 @@ def check_model(model: PreTrainedModel, config: Config) -> None:
 
     Raises:
         UserError: if the architecture is not supported, a transform does not preserve the model's function, a Hadamard or
-            group size is impossible, or the model is calibrated already.
+            group size is impossible, the model is calibrated already, or it cannot read its windows at other positions.
     """
     check_transforms(model_sizes(view_model(model)), TransformOptions.of(config.transforms))
     check_instrument(model, config.quantization)
+    if config.calibration.context is not None:
+        check_window(model.config, config.calibration.context, "calibration.context")
+        check_movable(model, "to spread windows over positions", "calibration.context")
 
 
 def needs_calibration_text(config: Config) -> bool:
@@ -89,8 +92,6 @@ def calibration_windows(
     if not needs_calibration_text(config):
         return torch.empty((0, config.calibration.window), dtype=torch.int64)
     check_window(model.config, config.calibration.window, "the calibration window")
-    if config.calibration.context is not None:
-        check_window(model.config, config.calibration.context, "calibration.context")
     wanted = config.calibration.text if text is None else text
     loaded = load_text(wanted, "calibration") if isinstance(wanted, str) else wanted
     return token_windows(tokenizer, loaded, config.calibration.windows, config.calibration.window, seed=config.seed)

@@ -159,6 +159,10 @@ def test_saving_refuses_to_overwrite_and_loading_names_what_is_broken(tmp_path: 
         (["calibration.window=4096"], "4,096"),
         (["calibration.window=126", "quantization.prefix=[1,2,3,4]"], r"calibration\.window = 126 and a prefix of up to 4 tokens"),
         (["calibration.windows=100000", "calibration.window=100"], "10,000,000|100,000"),
+        (
+            ["calibration.context=4096", "quantization=w4a4kv4-dynamic"],
+            r"calibration\.context = 4,096 is longer than the model's context",
+        ),
         (["transforms.down_hadamard.block_size=7"], "7"),
         (["quantization=w4a16-g7"], "group_size = 7 does not divide the 64 inputs of q_proj"),
     ],
@@ -188,6 +192,13 @@ def test_models_that_cannot_be_calibrated_are_refused_as_they_are(in_place: bool
         assert all(torch.equal(value.nan_to_num(), state[name].nan_to_num()) for name, value in model.state_dict().items())
 
     refuse(model_of(), "group_size = 7", "quantization=w4a16-g7")
+    stretched = tiny_model("LlamaForCausalLM", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    refuse(
+        stretched,
+        r"spread windows .* RoPE of type dynamic.*set calibration\.context=null",
+        "calibration.context=96",
+        "quantization.prefix=null",
+    )
     broken = model_of()
     broken.model.layers[1].mlp.down_proj.weight.data[3, 4] = torch.nan
     refuse(broken, r"model\.layers\.1\.mlp\.down_proj\.weight holds 1 values that are NaN or infinite")

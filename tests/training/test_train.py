@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fptquant as fq
+from fptquant.data.windows import own_position
 from fptquant.errors import UserError
 from fptquant.models.quantized_linear import QuantizedLinear
 from fptquant.models.saving import CalibrationResult
@@ -16,7 +17,7 @@ from tests.models.tiny import tiny_model
 from tests.tiny_tokenizer import VOCABULARY, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:the held-out divergence", "ignore:end-to-end training did not lower", "ignore:the held-out loss"
+    "ignore:the held-out divergence", "ignore:(end-to-end|range) training did not lower", "ignore:the held-out loss"
 )
 SHORT = (
     "training.steps=3", "training.window=32", "training.text=topics", "training.held_out_windows=1", "training.evaluate_every=1",
@@ -90,3 +91,20 @@ def test_nothing_is_trained_while_nothing_is_quantized() -> None:
         fq.load_config("spinquant", *plain, "training.weights=full_precision")
     with pytest.raises(UserError, match=r"training\.steps: has no effect: nothing is quantized meanwhile"):
         fq.load_config("fptquant-gptq", "quantization=w4a16", "training.steps=3")
+
+
+def test_windows_are_spread_where_those_of_calibration_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+
+    def look(window: torch.Tensor, context: int | None) -> int:
+        asked.append(context)
+        return own_position(window, context)
+
+    monkeypatch.setattr("fptquant.training.student.own_position", look)
+    calibrate()
+    assert set(asked) == {None}
+    asked.clear()
+    ranges = "{steps: 2, window: 32, text: topics, held_out_windows: 1, evaluate_every: 1}"
+    calibrate("calibration.context=100", f"range_training={ranges}")
+    assert set(asked) == {100}
+    assert len(asked) > (3 + 2) * 2
