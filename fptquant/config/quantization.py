@@ -247,6 +247,12 @@ class QuantizationConfig(StrictModel):
         return any((site in CACHE_SITES) == (kind == "kv_cache") for site in self.quantized_sites)
 
     @property
+    def observes_keys(self) -> bool:
+        """Whether ranges or centers of keys or queries, which RoPE has turned, come from text."""
+        sites, cache = self.quantized_sites, self.kv_cache
+        return ("k_cache" in sites and (cache.centered or not cache.dynamic)) or ("q" in sites and not self.activation.dynamic)
+
+    @property
     def has_ranges(self) -> bool:
         """Whether anything is quantized."""
         return self.weight.bits < 16 or bool(self.quantized_sites)

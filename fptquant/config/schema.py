@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from fptquant.config.quantization import QuantizationConfig, QuantizationSetting
 from fptquant.config.strict import StrictModel
@@ -62,27 +62,37 @@ class RoundingConfig(StrictModel):
 
 
 class CalibrationConfig(StrictModel):
-    """Text from which static activation ranges are set."""
+    """Text from which static activation ranges are set.
+
+    ``context: auto`` stays only where it changes something, at static ranges or centers of keys; how many positions it means is
+    known with the model (`fptquant.stages.positions`).
+    """
 
     text: str = Field(default="topics", min_length=1)
     windows: int = Field(default=16, ge=1)
     window: int = Field(default=512, ge=2)
-    context: int | None = Field(
+    context: Annotated[int, Field(ge=2)] | Literal["auto"] | None = Field(
         default=None,
-        ge=2,
-        description="positions over which these windows, and those of end-to-end training, are spread; null: all begin at 0",
+        description="positions over which these windows, and those of training, are spread; null: all begin at 0; "
+        "auto: 2,048, or the model's context if that is shorter, where keys have static ranges or centers",
     )
 
     @model_validator(mode="after")
     def _windows_fit(self) -> Self:
-        if self.context is not None and self.context < self.window:
+        if isinstance(self.context, int) and self.context < self.window:
             raise ValueError(f"context = {self.context} is shorter than window = {self.window}; a context holds a window at least")
         return self
 
+    @property
+    def positions(self) -> int | None:
+        """``context``, once the model is known."""
+        assert self.context != "auto"
+        return self.context
+
     def first_position(self, window: int) -> int:
         """Where a window begins, counted from 0: they are spread evenly, and the last one ends with the context."""
-        steps = self.windows - 1
-        return 0 if self.context is None or steps == 0 else window * (self.context - self.window) // steps
+        steps, positions = self.windows - 1, self.positions
+        return 0 if positions is None or steps == 0 else window * (positions - self.window) // steps
 
 
 class ZeroShotConfig(StrictModel):
@@ -130,6 +140,14 @@ class Config(StrictModel):
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: str = Field(default="runs/{name}", min_length=1, description="may contain {name} and {setting}")
+
+    @field_validator("calibration")
+    @classmethod
+    def _context_where_it_matters(cls, calibration: CalibrationConfig, info: ValidationInfo) -> CalibrationConfig:
+        quantization = info.data.get("quantization")
+        if calibration.context != "auto" or quantization is None or quantization.observes_keys:
+            return calibration
+        return calibration.model_copy(update={"context": None})
 
     def text_of(self, stage: OptimizationConfig | RoundingConfig) -> str:
         """What a stage learns from: its own text, or that of the config."""

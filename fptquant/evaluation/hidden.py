@@ -86,7 +86,7 @@ def check_finite(model: PreTrainedModel, tokens: Tensor, nll: Tensor, first_posi
     if bool(nll.isfinite().all()):
         return
     row = int((~nll.isfinite()).nonzero()[0])
-    source = first_nonfinite_module(model, tokens)
+    source = first_nonfinite_module(model, tokens[None])
     where = f"; the first module with such an output is {source}" if source else ""
     raise UserError(
         f"the logits are not finite in window {window}, position {first_position + row}{where}. "
@@ -95,11 +95,14 @@ def check_finite(model: PreTrainedModel, tokens: Tensor, nll: Tensor, first_posi
 
 
 @torch.inference_mode()
-def first_nonfinite_module(model: PreTrainedModel, tokens: Tensor) -> str | None:
+def first_nonfinite_module(model: PreTrainedModel, tokens: Tensor, **inputs: Tensor) -> str | None:
     """Name of the first module, in the order of execution, whose output holds NaN or infinity; None if there is none.
 
+    Args:
+        inputs: of the pass, besides the tokens.
+
     Shape:
-        tokens: [T], int64
+        tokens: [B, T], int64
     """
     found: list[str] = []
 
@@ -112,5 +115,5 @@ def first_nonfinite_module(model: PreTrainedModel, tokens: Tensor) -> str | None
         return hook
 
     with hooked(module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name):
-        model(input_ids=tokens[None].to(model.device), use_cache=False, logits_to_keep=1)
+        model(input_ids=tokens.to(model.device), use_cache=False, logits_to_keep=1, **inputs)
     return found[0] if found else None

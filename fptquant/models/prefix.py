@@ -133,12 +133,20 @@ def check_prefix_model(model: PreTrainedModel) -> None:
 
 def check_movable(model: PreTrainedModel, what: str, setting: str) -> None:
     """Finds out whether this model computes the same of a text wherever it stands; errors as in `check_prefix_model`."""
-    kind = getattr(view_model(model).get("rotary"), "rope_type", "default")
-    if kind not in ROPE_TYPES:
+    if not is_movable(model):
         raise UserError(
-            f"{what} is not possible with RoPE of type {kind}, whose frequencies change with the length of the text; "
+            f"{what} is not possible with RoPE of type {_rope_type(model)}, whose frequencies change with the length of the text; "
             f"set {setting}=null (possible: {', '.join(ROPE_TYPES)})"
         )
+
+
+def is_movable(model: PreTrainedModel) -> bool:
+    """Whether the frequencies of the model's RoPE are the same for texts of any length."""
+    return _rope_type(model) in ROPE_TYPES
+
+
+def _rope_type(model: PreTrainedModel) -> str:
+    return getattr(view_model(model).get("rotary"), "rope_type", "default")
 
 
 def check_prefix_length(model: PreTrainedModel, length: int) -> None:

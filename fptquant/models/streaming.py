@@ -107,7 +107,7 @@ class PartState:
     hidden: Tensor
     running_scale: Tensor | None = None
 
-    def rows(self, rows: Tensor) -> PartState:
+    def rows(self, rows: Tensor | slice) -> PartState:
         """Some of the windows."""
         return PartState(self.hidden[rows], None if self.running_scale is None else self.running_scale[rows])
 
@@ -199,21 +199,22 @@ class PartialDecoder:
             view.replace("embedding", embedding)
             view.replace("final_norm", norm)
 
-    def run(self, tokens: Tensor, state: PartState | None, cache: Cache | None = None, first_position: int = 0) -> PartState:
+    def run(self, tokens: Tensor, state: PartState | None, cache: Cache | None = None, *, first: Sequence[int] = ()) -> PartState:
         """Windows through the part that `only` left in place.
 
         Args:
             cache: takes the keys and values of the part; none are kept by default.
-            first_position: of every window.
+            first: the position at which each window begins; 0 by default.
 
         Shape: tokens [B, T], int64, whose values only the embedding reads; state: what the part before returned.
         """
         self._stored.state, self._caught.running_scale = state, None
         kept = {cache_argument(type(self._decoder)): cache, "use_cache": cache is not None}
-        output = self._decoder(input_ids=tokens, **kept, **placed(tokens, [first_position] * len(tokens))).last_hidden_state
+        output = self._decoder(input_ids=tokens, **kept, **placed(tokens, first)).last_hidden_state
         return PartState(output, self._caught.running_scale)
 
-    def run_in_parts(self, tokens: Tensor, state: PartState | None, at_once: int) -> PartState:
+    def run_in_parts(self, tokens: Tensor, state: PartState | None, at_once: int, *, first: Sequence[int] = ()) -> PartState:
         """As `run`, with so many windows at once."""
-        parts = torch.split(torch.arange(len(tokens), device=tokens.device), at_once)
-        return PartState.joined([self.run(tokens[part], None if state is None else state.rows(part)) for part in parts])
+        parts = [slice(begin, begin + at_once) for begin in range(0, len(tokens), at_once)]
+        states = [self.run(tokens[part], None if state is None else state.rows(part), first=first[part]) for part in parts]
+        return PartState.joined(states)

@@ -27,7 +27,7 @@ from fptquant.models.adapter import model_sizes
 from fptquant.models.architectures import view_model
 from fptquant.models.instrument import check_instrument, instrument_for, load_ranges_, range_tensors, set_modes
 from fptquant.models.loading import check_finite_weights
-from fptquant.models.prefix import check_movable, compute_prefix_
+from fptquant.models.prefix import compute_prefix_
 from fptquant.models.saving import CalibrationResult
 from fptquant.quantizers.sites import weight_spec
 from fptquant.reports.progress import Progress
@@ -40,6 +40,7 @@ from fptquant.stages.fuse_norms import fuse_norms_
 from fptquant.stages.learn_rotation import learn_rotation_
 from fptquant.stages.merge_transforms import merge_blocks_, rotate_residual_, scale_norms_
 from fptquant.stages.optimize_local import optimize_local_
+from fptquant.stages.positions import with_positions
 from fptquant.stages.prepared import PREPARED, Prepared, load_prepared, save_prepared
 from fptquant.stages.progress import Progress as ProgressCallback
 from fptquant.stages.set_ranges import set_activation_ranges_, set_weight_ranges_
@@ -64,9 +65,7 @@ def check_model(model: PreTrainedModel, config: Config) -> None:
     """
     check_transforms(model_sizes(view_model(model)), TransformOptions.of(config.transforms))
     check_instrument(model, config.quantization)
-    if config.calibration.context is not None:
-        check_window(model.config, config.calibration.context, "calibration.context")
-        check_movable(model, "to spread windows over positions", "calibration.context")
+    with_positions(model, config)
 
 
 def needs_calibration_text(config: Config) -> bool:
@@ -279,6 +278,7 @@ def calibrate(
     sizes = model_sizes(view_model(model))
     check_model(model, config)
     check_finite_weights(model)
+    config = with_positions(model, config)
     windows = calibration_windows(model, tokenizer, config, text)
     check_prefix(model, tokenizer, config, {"calibration.window": windows.shape[1]})
     with nullcontext(progress) if progress is not None else Progress() as bars:
@@ -358,7 +358,16 @@ def _finish_(
         mark = fingerprint(config, weights, BEFORE_TRAINING)
         report["block_training"] = stage.lasting(
             "block training",
-            lambda: train_blocks_(model, transforms, settings, blocks, seed=config.seed, belongs_to=mark, **kept),
+            lambda: train_blocks_(
+                model,
+                transforms,
+                settings,
+                blocks,
+                seed=config.seed,
+                belongs_to=mark,
+                positions=config.calibration.positions,
+                **kept,
+            ),
         )
         if training is None:
             merge_attached_(model, transforms)

@@ -60,6 +60,7 @@ from fptquant.stages.find_prefix import check_prefix, resolve_prefix, with_prefi
 from fptquant.stages.fuse_norms import fuse_block_, scale_columns_
 from fptquant.stages.merge_transforms import merge_block_
 from fptquant.stages.optimize_local import LocalOptions, LocalReport, TermReport, optimize_blocks_
+from fptquant.stages.positions import with_positions
 from fptquant.stages.progress import Progress as ProgressCallback
 from fptquant.stages.set_ranges import observe_windows_, set_weight_ranges_
 from fptquant.stages.stream_prefix import StreamedLook
@@ -173,6 +174,7 @@ def _prepare(folder: Path, config: Config, dtype: torch.dtype, device: torch.dev
     view, source = view_model(model), Checkpoint(folder)
     tokenizer = load_tokenizer(folder)
     check_model(model, config)
+    config = with_positions(model, config)
     transforms = build_transforms(model_sizes(view), TransformOptions.of(config.transforms), seed=config.seed).to(device)
     tied = check_checkpoint(view, source)
     windows = calibration_windows(model, tokenizer, config, text)
@@ -370,8 +372,8 @@ class _Run:
 
             def run(index: int) -> None:
                 nonlocal stored
-                first = self.config.calibration.first_position(index)
-                state = self.decoder.run(windows[index][None].to(device), self._state(part, index, device), first_position=first)
+                first = [self.config.calibration.first_position(index)]
+                state = self.decoder.run(windows[index][None].to(device), self._state(part, index, device), first=first)
                 if index == stored:  # in the first pass
                     stored += 1
                     writer.write(state.hidden)

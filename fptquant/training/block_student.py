@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ class BlockData:
     decoder: PartialDecoder
     """In which the block alone is in place."""
     tokens: Tensor
+    first: Sequence[int]
+    """The position at which each window begins."""
     inputs: PartState
     targets: PartState
 
@@ -79,7 +82,8 @@ class BlockStudent(Student):
         """Of each token, [B, T], in float32 or wider."""
         data = self._data
         with torch.autocast(rows.device.type, torch.bfloat16, enabled=self.settings.autocast == "bfloat16"):
-            output = data.decoder.run(data.tokens[rows], data.inputs.rows(rows))
+            first = [data.first[row] for row in rows.tolist()]
+            output = data.decoder.run(data.tokens[rows], data.inputs.rows(rows), first=first)
         return output.errors(data.targets.rows(rows), self.settings.objective)
 
     @torch.no_grad()

@@ -270,10 +270,13 @@ class EndToEndStudent(Student):
             hidden: Tensor = self.view.decoder(input_ids=tokens.to(device), use_cache=False, **places)[0]
         return hidden
 
+    def _places(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Where the student reads these windows, as arguments of its passes."""
+        return placed(tokens.to(self.model.device), [own_position(window, self.positions) for window in tokens])
+
     def _student_hidden(self, tokens: Tensor) -> Tensor:
         self._prepare()
-        first = [own_position(window, self.positions) for window in tokens]
-        return self._hidden(tokens, **placed(tokens.to(self.model.device), first))
+        return self._hidden(tokens, **self._places(tokens))
 
     @torch.no_grad()
     def _teacher_hidden(self, tokens: Tensor) -> Tensor:
@@ -326,7 +329,7 @@ class EndToEndStudent(Student):
         Shape: tokens [B, T]; each window is run by itself.
         """
         self._prepare()
-        found = (first_nonfinite_module(self.model, window) for window in tokens)
+        found = (first_nonfinite_module(self.model, window[None], **self._places(window[None])) for window in tokens)
         return self._nonfinite_range() or next((f"the output of {name}" for name in found if name is not None), None)
 
     def _checkpoint_activations(self, enable: bool) -> None:

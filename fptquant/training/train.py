@@ -123,7 +123,7 @@ def train_(
     full_precision = config.training.weights == "full_precision"
     if full_precision:
         set_modes(model, "off", "weight")
-    student = TransformStudent(model, transforms, config.training, positions=config.calibration.context)
+    student = TransformStudent(model, transforms, config.training, positions=config.calibration.positions)
     belongs_to = fingerprint(config, weights, BEFORE_TRAINING)
     report = _train_(student, data, config.seed, belongs_to, folder=folder, resume=resume, progress=progress)
     if full_precision:
@@ -155,7 +155,7 @@ def train_ranges_(
         UserError: if nothing is left to train, or as `train_end_to_end_`.
     """
     assert config.range_training is not None
-    student = RangeStudent(model, unrounded, config.range_training, positions=config.calibration.context)
+    student = RangeStudent(model, unrounded, config.range_training, positions=config.calibration.positions)
     belongs_to = fingerprint(config, weights, BEFORE_RANGE_TRAINING)
     own = None if folder is None else folder / RANGE_FOLDER
     if own is not None:

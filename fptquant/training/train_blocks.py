@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fptquant.config.training import BlockTrainingConfig
 from fptquant.data.training import TrainingData
+from fptquant.data.windows import own_position
 from fptquant.errors import UserError
 from fptquant.files import KeptFiles, read_file, to_bytes
 from fptquant.models.instrument import get_context, quantizers_off, set_modes
@@ -77,10 +78,12 @@ class _BlockTrainer:
         folder: Path | None,
         resume: bool,
         progress: Progress,
+        positions: int | None,
     ) -> None:
         self.model, self.transforms, self.settings = model, transforms, settings
         self.decoder = PartialDecoder(model, get_context(model))
         self.tokens = torch.cat([data.train, data.held_out]).to(model.device)
+        self.first = [own_position(window, positions) for window in self.tokens]
         self.held_out = torch.arange(len(data.train), len(self.tokens))[:, None]
         self.order = _order(len(data.train), settings.steps * settings.batch, seed)
         self.seed = seed
@@ -103,7 +106,8 @@ class _BlockTrainer:
     @torch.no_grad()
     def _through(self, state: PartState | None) -> PartState:
         """All windows through the part that is in place, as many at once as one step takes."""
-        return self.decoder.run_in_parts(self.tokens, state, self.settings.micro_batch or self.settings.batch)
+        at_once = self.settings.micro_batch or self.settings.batch
+        return self.decoder.run_in_parts(self.tokens, state, at_once, first=self.first)
 
     def _block(self, block: int, streams: _Streams) -> tuple[TrainingReport, _Streams]:
         """Trains one block, or takes it from its file; returns the states behind it."""
@@ -111,9 +115,8 @@ class _BlockTrainer:
             exact = self._through(streams.exact)
         if not bool(exact.residual().isfinite().all()):
             raise UserError(f"layers.{block} gives NaN or infinity in full precision; check the model, or use a wider dtype")
-        student = BlockStudent(
-            self.model, self.transforms, self.settings, block, BlockData(self.decoder, self.tokens, streams.quantized, exact)
-        )
+        data = BlockData(self.decoder, self.tokens, self.first, streams.quantized, exact)
+        student = BlockStudent(self.model, self.transforms, self.settings, block, data)
         report = self._restored(block, student)
         if report is None:
             report = self._trained(block, student)
@@ -186,6 +189,7 @@ def train_blocks_(
     folder: Path | None = None,
     resume: bool = False,
     progress: Progress = quiet,
+    positions: int | None = None,
 ) -> dict[str, Any]:
     """Trains transforms and ranges block by block; the transforms stay attached. Returns the report.
 
@@ -196,6 +200,7 @@ def train_blocks_(
         belongs_to: what the result depends on besides settings, seed and texts; plain values.
         folder: where finished blocks, checkpoint and metrics are kept; nowhere by default.
         resume: go on with what is kept, if it belongs to this run.
+        positions: as in `fptquant.training.student.EndToEndStudent`.
 
     Raises:
         UserError: if a block gives NaN or infinity, or as `fptquant.training.train_end_to_end.train_end_to_end_`.
@@ -203,7 +208,7 @@ def train_blocks_(
     start = time.perf_counter()
     if settings.weights == "full_precision":
         set_modes(model, "off", "weight")
-    trainer = _BlockTrainer(model, transforms, settings, data, seed, belongs_to, folder, resume, progress)
+    trainer = _BlockTrainer(model, transforms, settings, data, seed, belongs_to, folder, resume, progress, positions)
     reports = trainer.run()
     blocks = [
         {"initial": report.initial, "best": report.best, "best_step": report.best_step, "seconds": report.seconds}

@@ -347,6 +347,18 @@ def test_the_source_of_nan_is_named() -> None:
     assert "layers.0.self_attn.v_proj" in source
 
 
+def test_the_source_of_nan_is_looked_for_where_the_windows_stand() -> None:
+    """A key can overflow at one position and not at another."""
+    student, seen = make(), []
+    student.positions = 100
+    student.view.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    windows = token_ids(2, 12)
+    student.nonfinite_source(windows)
+    assert [int(positions[0, 0]) for positions in seen] == [own_position(window, 100) for window in windows]
+
+
 def test_autocast_stays_close() -> None:
     wide = make(dtype=torch.float32)
     narrow = make(dtype=torch.float32, training=settings(autocast="bfloat16"))

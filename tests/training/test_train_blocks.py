@@ -15,9 +15,11 @@ import fptquant as fq
 from fptquant.config.schema import Config
 from fptquant.config.training import BlockLearningRates, BlockTrainingConfig
 from fptquant.data.training import TrainingData
+from fptquant.data.windows import own_position
 from fptquant.files import KeptFiles
 from fptquant.models.adapter import model_sizes
 from fptquant.models.architectures import view_model
+from fptquant.models.context import placed
 from fptquant.models.instrument import instrument, instrument_for, iter_quantizers, kept_modes, range_tensors, set_modes
 from fptquant.models.norm import widen_norms_
 from fptquant.models.prefix import compute_prefix_, prefix_off
@@ -112,8 +114,8 @@ def of_recipe(name: str, *overrides: str) -> tuple[Any, ModelTransforms, Config]
     return ready(model, transforms, prefix if isinstance(prefix, list) else None), transforms, config
 
 
-def outputs(model: Any, windows: Tensor) -> list[Tensor]:
-    """The true residual behind every block, in a pass of the whole model."""
+def outputs(model: Any, windows: Tensor, positions: int | None = None) -> list[Tensor]:
+    """The true residual behind every block, in a pass of the whole model; each window at its own one of the positions."""
     found: list[Tensor] = []
 
     def catch(module: Any, args: Any, output: Any) -> None:
@@ -124,41 +126,46 @@ def outputs(model: Any, windows: Tensor) -> list[Tensor]:
     view = view_model(model)
     hooks = [layer.register_forward_hook(catch) for layer in view.layers]
     with torch.no_grad():
-        model(windows)
+        model(windows, **placed(windows, [own_position(window, positions) for window in windows]))
     for hook in hooks:
         hook.remove()
     return found
 
 
-def exact_outputs(model: Any, windows: Tensor = HELD_OUT) -> list[Tensor]:
+def exact_outputs(model: Any, windows: Tensor = HELD_OUT, positions: int | None = None) -> list[Tensor]:
     """Those of the model as it is, without its quantizers."""
     with kept_modes(model):
         set_modes(model, "off")
-        return outputs(model, windows)
+        return outputs(model, windows, positions)
 
 
-def error(model: Any, windows: Tensor, *, relative: bool = True, exact: list[Tensor] | None = None) -> list[float]:
+def error(
+    model: Any, windows: Tensor, *, relative: bool = True, exact: list[Tensor] | None = None, positions: int | None = None
+) -> list[float]:
     """Of each block's output by passes of the whole model: the mean squared error of a token, in proportion to its size or not.
 
     It is that from the model without quantizers, unless ``exact`` is given.
     """
-    quantized = outputs(model, windows)
-    exact = exact_outputs(model, windows) if exact is None else exact
+    quantized = outputs(model, windows, positions)
+    exact = exact_outputs(model, windows, positions) if exact is None else exact
     errors = [(y - t).square().mean(-1) for y, t in zip(quantized, exact, strict=True)]
     sizes = [t.square().mean(-1) if relative else torch.ones(()) for t in exact]
     return [float((found / size).mean()) for found, size in zip(errors, sizes, strict=True)]
 
 
+@pytest.mark.parametrize("positions", [None, 100], ids=["", "positions"])
 @pytest.mark.parametrize("prefix", [False, True], ids=["", "prefix"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_what_is_reported_of_blocks_are_errors_of_the_whole_model(architecture: str, prefix: bool) -> None:
+def test_what_is_reported_of_blocks_are_errors_of_the_whole_model(architecture: str, prefix: bool, positions: int | None) -> None:
     """Learning rates so small that nothing moves: then the streams are those of the model as it was."""
     model, transforms = attached(architecture, prefix=prefix, spread=True)
-    expected = error(model, HELD_OUT)
+    expected = error(model, HELD_OUT, positions=positions)
+    if positions is not None:  # quantized keys depend on them
+        assert expected != pytest.approx(error(model, HELD_OUT), rel=1e-3)
     rates = dict.fromkeys(("query_key_rotation", "value_mixing", "up_scaling"), 1e-30)
     rates |= dict.fromkeys(("weight_range", "activation_range", "kv_cache_range"), 1e-30)
     settings = BlockTrainingConfig.model_validate({"steps": 1, "batch": 2, "lr": rates})
-    report = train_blocks_(model, transforms, settings, DATA, seed=0, belongs_to={})
+    report = train_blocks_(model, transforms, settings, DATA, seed=0, belongs_to={}, positions=positions)
     assert [block["initial"] for block in report["blocks"]] == pytest.approx(expected, rel=1e-9)
     assert report["tokens"] == WINDOWS.numel()
 
