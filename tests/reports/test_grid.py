@@ -6,90 +6,20 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from fptquant.config.loading import load_config
-from fptquant.config.tables import TableConfig, load_table, table_cells
+from fptquant.config.tables import load_table, table_cells
 from fptquant.errors import UserError
-from fptquant.evaluation.evaluate import Evaluation
 from fptquant.reports import experiment
-from fptquant.reports.grid import Table, make_table
 from fptquant.reports.table import Row, latex_table
 from fptquant.stages import find_prefix
 from fptquant.stages.progress import quiet
 from fptquant.training.checkpoint import Checkpoint, save_checkpoint
-from tests.tiny_folder import save_tiny_folder
-
-SMALL = [
-    "calibration={text: topics, windows: 2, window: 32}", "evaluation={text: topics, windows: 2, window: 32}",
-]  # fmt: skip
-TRANSFORMED = {"name": "rotated", "method": "fptquant-local", "overrides": ["local.value_steps=5", "quantization.prefix=null"]}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the cells take longer than everything else; one test looks at them."""
-    monkeypatch.setattr(experiment, "_plot", lambda *arguments: None)
-
-
-def grid(folder: Path, model: Path | str, **changes: Any) -> TableConfig:
-    data = {
-        "name": "mine",
-        "models": [str(model)],
-        "methods": ["rtn", TRANSFORMED],
-        "settings": ["w4a16", "w4a4kv4-dynamic"],
-        "overrides": SMALL,
-        "output": str(folder),
-    }
-    file = folder.parent / f"{folder.name}.yaml"
-    file.write_text(yaml.safe_dump(data | changes), encoding="utf-8")
-    return load_table(file)
-
-
-class Listener:
-    """Keeps the lines that are to stay."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def __call__(self, done: int, total: int, description: str) -> None: ...
-
-    def say(self, line: str) -> None:
-        self.said.append(line)
-
-
-def make(table: TableConfig, **options: Any) -> Table:
-    return make_table(table, progress=options.pop("progress", Listener()), **options)
-
-
-def scores(table: Table) -> dict[tuple[str, str], float | None]:
-    return {(row.method, row.label): row.evaluation.perplexity if row.evaluation else None for row in table.rows}
-
-
-def failing(monkeypatch: pytest.MonkeyPatch, when: Callable[[str], bool], error: type[BaseException]) -> list[str]:
-    """Makes the calibration of some cells fail; returns the list of all that are begun."""
-    begun: list[str] = []
-    calibrate = experiment.calibrate
-
-    def calibrate_or_fail(model: Any, tokenizer: Any, config: Any, **options: Any) -> Any:
-        begun.append(f"{config.name} {config.quantization.label}")
-        if when(begun[-1]):
-            raise error("out of luck")
-        return calibrate(model, tokenizer, config, **options)
-
-    monkeypatch.setattr(experiment, "calibrate", calibrate_or_fail)
-    return begun
+from tests.reports.small_grid import SMALL, TRANSFORMED, Listener, failing, grid, make, scores
 
 
 def test_a_table_is_written_in_every_form(model: Path, tmp_path: Path) -> None:
@@ -345,149 +275,3 @@ def test_what_a_model_cannot_do_fails_before_any_cell_is_run(model: Path, tmp_pa
     assert begun == ["rtn w4a16"]
     assert [row.method for row in made.failed] == ["wide"]
     assert "does not divide" in str(made.failed[0].error)
-
-
-def test_mistakes_are_found_before_anything_is_done(model: Path, tmp_path: Path) -> None:
-    def refused(**changes: Any) -> str:
-        with pytest.raises(UserError) as caught:
-            make(grid(tmp_path / "out", model, **changes), resume=changes.pop("resume", False))
-        return str(caught.value)
-
-    message = refused(methods=["rtm", {"name": "x", "method": "rtn", "overrides": ["sed=1"]}], settings=["w4a16", "w44"])
-    for part in ("did you mean 'rtn'?", "did you mean seed?", "'w44' is not a setting"):
-        assert part in message
-    assert "is there twice" in refused(methods=["rtn", {"name": "rtn", "method": "rtn-lp"}])
-    other = {"name": "long", "method": "rtn", "overrides": ["evaluation.windows=3"]}
-    assert "evaluation is another than that of rtn" in refused(methods=["rtn", other])
-    elsewhere = {"name": "elsewhere", "method": "rtn", "overrides": ["model=other"]}
-    assert "an override names another model, other" in refused(methods=["rtn", elsewhere])
-    assert "settings" in refused(settings=[])
-    published = {"model": "tiny", "method": "rtn", "setting": "w4a16", "perplexity": 5.0, "source": "a paper"}
-    assert "tinny is none of the models tiny; give a model this name" in refused(published=[published | {"model": "tinny"}])
-    stray = [published | other for other in ({"method": "rtm"}, {"setting": "w4a4"}, {"setting": None})]
-    full = {"method": "full precision"}
-    message = refused(published=[*stray, published, published, published | full, published | {"setting": "w44", "alone": True}])
-    for part in (
-        "rtm is none of the methods full precision, rtn, rotated; correct it (did you mean rtn?), or say alone: true",
-        "w4a4 is none of the settings w4a16, w4a4kv4-dynamic; correct it",
-        "rtn on tiny has no setting; give one",
-        "rtn, w4a16 on tiny is there twice; keep one",
-        "full precision on tiny has a setting; leave it out",
-        "'w44' is not a setting",
-    ):
-        assert part in message
-    assert "did you mean methods?" in refused(method=["rtn"])
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="there is no table in"):
-        make(grid(tmp_path / "out", model), resume=True)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("mine")
-    assert "holds other files" in refused()
-    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_a_table_does_not_mix_cells_of_other_settings(model: Path, tmp_path: Path) -> None:
-    make(grid(tmp_path / "out", model, methods=["rtn"], settings=["w4a16"]))
-    with pytest.raises(UserError, match=r"(?s)cells of other settings.*rtn-w4a16: seed: 0, now 1"):
-        make(grid(tmp_path / "out", model, methods=["rtn"], settings=["w4a16"], overrides=[*SMALL, "seed=1"]), resume=True)
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_a_cell_from_before_a_setting_existed_counts_as_with_its_default(model: Path, tmp_path: Path) -> None:
-    asked = {"methods": ["rtn"], "settings": ["w4a16"]}
-    made = make(grid(tmp_path / "out", model, **asked))
-    file = made.folder / "cells" / "tiny" / "rtn-w4a16" / "config.yaml"
-    text = file.read_text()
-    assert text.count("centered: false\n") == 2
-    file.write_text(re.sub(r" *centered: false\n", "", text))
-    again = make(grid(tmp_path / "out", model, **asked), resume=True)
-    assert [row.as_dict() for row in again.rows] == [row.as_dict() for row in made.rows]
-    file.write_text(text + "gone: 1\n")
-    with pytest.raises(UserError, match=r"(?s)cells of other settings.*rtn-w4a16: gone: 1, now absent"):
-        make(grid(tmp_path / "out", model, **asked), resume=True)
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_full_precision_of_another_model_is_not_taken_for_its_own(model: Path, tmp_path: Path) -> None:
-    made = make(grid(tmp_path / "out", model, methods=["rtn"], settings=["w4a16"]))
-    shutil.rmtree(made.folder / "cells" / "tiny" / "rtn-w4a16")
-    other = save_tiny_folder(tmp_path / "elsewhere" / "tiny", seed=1)
-    with pytest.raises(UserError, match=r"(?s)cells of other settings.*full-precision\.json of tiny: model: .*elsewhere"):
-        make(grid(tmp_path / "out", other, methods=["rtn"], settings=["w4a16"]), resume=True)
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_a_cell_that_was_killed_before_it_said_what_it_is_begins_anew(model: Path, tmp_path: Path) -> None:
-    table = grid(tmp_path / "out", model, methods=["rtn"], settings=["w4a16"])
-    expected = scores(make(table))
-    cell = tmp_path / "out" / "cells" / "tiny" / "rtn-w4a16"
-    shutil.rmtree(cell)
-    partial = cell.with_name("rtn-w4a16.partial")
-    partial.mkdir()
-    (partial / "config.yaml").write_text("name: [")
-    (partial / "checkpoint.safetensors").write_bytes(b"half")
-    made = make(table, resume=True)
-    assert made.failed == []
-    assert scores(made) == expected
-    assert not partial.exists()
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_a_cell_from_before_something_was_measured_has_no_value_there(model: Path, tmp_path: Path) -> None:
-    table = grid(tmp_path / "out", model, methods=["rtn"], settings=["w4a16"])
-    made = make(table)
-    assert made.rows[1].cpu_seconds is not None
-    file = made.folder / "cells" / "tiny" / "rtn-w4a16" / "metrics.json"
-    found = json.loads(file.read_text())
-    for result in found["results"]:
-        del result["cpu_seconds"], result["cuda_peak_bytes"]
-    file.write_text(json.dumps(found))
-    again = make(table, resume=True, run=False)
-    assert again.rows[1] == replace(made.rows[1], cpu_seconds=None)
-    assert "CPU seconds" not in (made.folder / "table.md").read_text()
-
-
-def test_published_values_follow_what_overrides_leave_of_the_grid(tmp_path: Path) -> None:
-    value = {"model": "tiny", "method": "rtn", "setting": "w4a16kv16-static", "perplexity": 5.0, "source": "a paper"}
-    other = value | {"method": "rotated", "setting": "w4a4kv4-dynamic", "perplexity": 6.0}
-    alone = value | {"method": "elsewhere", "alone": True}
-    table = grid(tmp_path / "out", "tiny", published=[value, other, alone])
-    assert table.published_value("tiny", "rtn", "w4a16") == table.published[0]  # another label of the same setting
-    assert table.published_value("tiny", "rtn", "w4a4kv4-dynamic") is None
-    assert len(table_cells(table)) == 4
-
-    def kept(*overrides: str) -> list[str]:
-        narrow = load_table(tmp_path / "out.yaml", *overrides)
-        table_cells(narrow)
-        return [value.method for value in narrow.published]
-
-    assert kept("methods=[rtn]") == ["rtn", "elsewhere"]
-    assert kept("settings=[w4a4kv4-dynamic]") == ["rotated", "elsewhere"]
-    assert kept("published=[]") == []
-    assert kept("models=[{name: other, model: tiny}]") == []
-    with pytest.raises(UserError, match="nowhere is none of the methods"):
-        kept("methods=[rtn]", f"published={json.dumps([value | {'method': 'nowhere'}])}")
-
-
-def test_latex_tells_a_failed_cell_from_one_that_was_not_run() -> None:
-    measured = Evaluation(29.2, 0.1, 0.9, 8184, 3.0, "a text")
-    rows = [
-        Row("rtn", "w4a16", measured, 3.0),
-        Row("rtn", "w4a4-static, automatic prefix", None, None, error="out of luck"),
-        Row("gptq", "w4a16", None, None, error="out of luck", published=8.56),
-        Row("awq", "w4a4-static", measured, 3.0),
-    ]
-    text = latex_table(rows, title="t")
-    assert r"method & w4a16 & w4a4-static \\" in text
-    assert r"rtn & \textbf{29.20} & failed \\" in text
-    assert r"gptq & failed (8.56) & -- \\" in text
-    broken = replace(rows[0], evaluation=replace(measured, perplexity=float("inf")), published=8.56)
-    assert r"rtn & \textbf{infinite} (8.56) \\" in latex_table([broken], title="t")
-    assert r"awq & -- & \textbf{29.20} \\" in text
-
-
-def test_methods_of_any_name_can_be_set_in_latex() -> None:
-    row = Row("mine", "w4a16", Evaluation(29.2, 0.1, 0.9, 8184, 3.0, "a text"), 3.0)
-    text = latex_table([replace(row, method=r"a_b^2~\c")], title="t")
-    assert r"a\_b\textasciicircum{}2\textasciitilde{}\textbackslash{}c & \textbf{29.20} \\" in text

@@ -25,7 +25,7 @@ from fptquant.reports.plots import (
 )
 from fptquant.reports.progress import Labeled, Progress
 from fptquant.reports.statistics import collect_activations
-from fptquant.reports.table import Row, markdown_table, rich_table
+from fptquant.reports.table import Row, latex_table, markdown_table, rich_table
 from fptquant.stages.progress import say, tell
 from tests.models.tiny import tiny_model, token_ids
 
@@ -201,3 +201,26 @@ def test_callbacks_that_know_no_notes() -> None:
     ]  # fmt: skip
     with pytest.warns(RuntimeWarning, match="^it rises$"):
         say(three, "it rises")
+
+
+def test_latex_tells_a_failed_cell_from_one_that_was_not_run() -> None:
+    measured = Evaluation(29.2, 0.1, 0.9, 8184, 3.0, "a text")
+    rows = [
+        Row("rtn", "w4a16", measured, 3.0),
+        Row("rtn", "w4a4-static, automatic prefix", None, None, error="out of luck"),
+        Row("gptq", "w4a16", None, None, error="out of luck", published=8.56),
+        Row("awq", "w4a4-static", measured, 3.0),
+    ]
+    text = latex_table(rows, title="t")
+    assert r"method & w4a16 & w4a4-static \\" in text
+    assert r"rtn & \textbf{29.20} & failed \\" in text
+    assert r"gptq & failed (8.56) & -- \\" in text
+    broken = replace(rows[0], evaluation=replace(measured, perplexity=float("inf")), published=8.56)
+    assert r"rtn & \textbf{infinite} (8.56) \\" in latex_table([broken], title="t")
+    assert r"awq & -- & \textbf{29.20} \\" in text
+
+
+def test_methods_of_any_name_can_be_set_in_latex() -> None:
+    row = Row("mine", "w4a16", Evaluation(29.2, 0.1, 0.9, 8184, 3.0, "a text"), 3.0)
+    text = latex_table([replace(row, method=r"a_b^2~\c")], title="t")
+    assert r"a\_b\textasciicircum{}2\textasciitilde{}\textbackslash{}c & \textbf{29.20} \\" in text
