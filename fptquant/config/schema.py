@@ -45,8 +45,10 @@ class RoundingConfig(StrictModel):
     search_ranges: bool = Field(default=False, description="choose each row's range by the loss that rounding leaves (gptq)")
     candidates: int = Field(default=33, ge=2, description="multiples from 0.8 to 1.2 that search_ranges tries (gptq)")
     descent_sweeps: int = Field(default=0, ge=0, description="passes that improve rounded weights one column at a time (gptq)")
-    token_weights: Literal["equal", "fisher"] = Field(
-        default="equal", description="fisher: tokens count by the gradients at their outputs (clip, gptq)"
+    token_weights: Literal["auto", "equal", "fisher"] = Field(
+        default="equal",
+        description="fisher: tokens count by the gradients at their outputs; auto: that where weights alone are quantized, "
+        "equal elsewhere (clip, gptq)",
     )
     iterations: int = Field(default=200, ge=1, description="signed gradient steps of each block (autoround)")
     batch: int = Field(default=8, ge=1, description="windows of each iteration, at most all (autoround)")
@@ -134,12 +136,20 @@ class Config(StrictModel):
     local: LocalConfig = LocalConfig()
     block_training: BlockTrainingConfig | None = None
     training: TrainingConfig | None = None
+    quantization: QuantizationSetting = QuantizationConfig()
     rounding: RoundingConfig = RoundingConfig()
     range_training: RangeTrainingConfig | None = None
-    quantization: QuantizationSetting = QuantizationConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: str = Field(default="runs/{name}", min_length=1, description="may contain {name} and {setting}")
+
+    @field_validator("rounding")
+    @classmethod
+    def _token_weights_of_the_setting(cls, rounding: RoundingConfig, info: ValidationInfo) -> RoundingConfig:
+        quantization = info.data.get("quantization")
+        if rounding.token_weights != "auto" or quantization is None:
+            return rounding
+        return rounding.model_copy(update={"token_weights": "equal" if quantization.quantized_sites else "fisher"})
 
     @field_validator("calibration")
     @classmethod

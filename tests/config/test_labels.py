@@ -101,6 +101,22 @@ def test_sites_of_other_bits_survive_a_round_trip(tmp_path: Path) -> None:
     assert load_config(tmp_path / "saved.yaml") == config
 
 
+@pytest.mark.parametrize(
+    ("overrides", "counted"),
+    [
+        (["quantization=w4a16"], "fisher"),
+        (["quantization=w4a8kv8-static"], "equal"),
+        (["quantization=w4a4kv4-dynamic"], "equal"),
+        (["quantization=w4a16", "quantization.kv_cache.bits=8"], "equal"),
+        (["quantization=w4a8kv8-static", "rounding.token_weights=fisher"], "fisher"),
+        (["quantization=w4a16", "rounding.token_weights=equal"], "equal"),
+    ],
+)
+def test_tokens_count_by_their_gradients_where_weights_alone_are_quantized(overrides: list[str], counted: str) -> None:
+    for recipe in ("fptquant-local-gptq", "fptquant-gptq"):
+        assert load_config(recipe, *overrides).rounding.token_weights == counted
+
+
 def test_a_given_share_of_a_tokens_range_wins() -> None:
     share = "quantization.activation.range.clip_ratio"
     assert load_config("rtn", "quantization=w4a8kv8-dynamic", f"{share}=0.8").quantization.activation.range.clip_ratio == 0.8
