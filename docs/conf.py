@@ -25,7 +25,7 @@ release = version = fptquant.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 root_doc = "docs/index"
 include_patterns = ["*.md", "csrc/README.md", "docs/**", "notebooks/*.ipynb"]
-exclude_patterns = ["docs/*.py"]
+exclude_patterns = ["docs/*.py", "docs/results/*/cells"]
 nb_execution_mode = "off"  # they are stored executed, and tests run them
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
