@@ -48,7 +48,8 @@ def sample_windows(
     """Windows that the model wrote, sampled once for each model, seed and length, and read from the cache folder afterwards.
 
     Every 32 windows are a file of ``samples/`` in the cache folder, written beside and renamed: an interrupted call goes on
-    where it was, and a later call for more windows begins with those that there are.
+    where it was, and a later call for more windows begins with those that there are. A rest of fewer than 32 is a file of its own,
+    drawn as such: what a call gives depends on what it asks for, not on what was asked for before.
 
     Shape:
         result: [windows, window], int64
@@ -67,29 +68,19 @@ def sample_windows(
         folder.mkdir(parents=True, exist_ok=True)
         for first in range(0, windows, _BATCH):
             count = min(_BATCH, windows - first)
-            file = _cached(folder, first, count)
-            if file is None:
-                file = folder / f"{first:06d}-{count}.safetensors"
+            file = folder / f"{first:06d}-{count}.safetensors"
+            if not file.is_file():
                 done = _Share(progress, first * window, windows * window)
                 sampled = _sample(model, tokenizer, count, window, _batch_seed(seed, first), done)
                 partial = file.with_name(f".{file.name}.{os.getpid()}")
                 save_file({"tokens": sampled.to(torch.int32)}, partial)
                 partial.replace(file)
-            parts.append(load_file(file)["tokens"][:count].long())
+            parts.append(load_file(file)["tokens"].long())
     except OSError as error:
         raise UserError(
             f"cannot keep sampled text in {folder}: {error}; free space or set FPTQUANT_CACHE to a folder that can be written"
         ) from error
     return torch.cat(parts)
-
-
-def _cached(folder: Path, first: int, count: int) -> Path | None:
-    """A file that holds these windows, perhaps with more of the same batch."""
-    for rows in (_BATCH, count):
-        file = folder / f"{first:06d}-{rows}.safetensors"
-        if file.is_file():
-            return file
-    return None
 
 
 def _batch_seed(seed: int, first: int) -> int:

@@ -82,7 +82,7 @@ def test_a_window_is_sampled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     sampled = sampling._sample
     monkeypatch.setattr(sampling, "_sample", lambda *args: calls.append(args[2]) or sampled(*args))
     assert torch.equal(sample(model, tmp_path, windows=6), first)
-    assert torch.equal(sample(model, tmp_path, windows=3), first[:3])
+    assert torch.equal(sample(model, tmp_path, windows=4), first[:4])
     assert calls == []
     assert torch.equal(sample(model, tmp_path, windows=8)[:4], first[:4])
     assert calls == [4]
@@ -90,6 +90,17 @@ def test_a_window_is_sampled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not torch.equal(sample(other, tmp_path), first)
     assert not torch.equal(sample(model, tmp_path, seed=1), first)
     assert calls[1:] == [4, 2, 4, 2]
+
+
+@pytest.mark.parametrize("windows", [3, 6])
+def test_what_was_sampled_before_changes_nothing(windows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later call for more windows draws a whole batch, whose first rows are others than those of a smaller one."""
+    model = model_of_bytes()
+    monkeypatch.setattr(sampling, "_BATCH", 4)
+    alone = sample(model, tmp_path / "new", windows=windows)
+    more = sample(model, tmp_path / "used", windows=8)
+    assert torch.equal(sample(model, tmp_path / "used", windows=windows), alone)
+    assert not torch.equal(more[:windows], alone)
 
 
 def test_an_interrupted_call_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
