@@ -249,7 +249,8 @@ def run_config(
         (folder / "plots").mkdir()
     searched = None
     if config.quantization.prefix == AUTO_PREFIX and config.quantization.has_prefix:
-        searched = f"{config.calibration} {config.seed}"
+        # the search reads its windows at the beginning, wherever ranges are set
+        searched = f"{config.calibration.model_copy(update={'context': None})} {config.seed}"
     cache, name = baseline.cache, f"{config.name}-{config.quantization.label}"
     with EffortMeter(folder, baseline.opened.model.device) as meter:
         result: CalibrationResult = calibrate(

@@ -361,7 +361,7 @@ def test_static_ranges_that_do_not_learn_are_set_anew_for_what_the_blocks_have_l
     result = calibrate(*(f"block_training.lr.{kind}_range={rate}" for kind, rate in rates.items()))
     assert len(seen) == (1 if len(learned) == 2 else 2)
     found = {name: tensor.clone() for name, tensor in range_tensors(result.model).items()}
-    set_activation_ranges_(result.model, seen[0])
+    set_activation_ranges_(result.model, seen[0], first_position=result.config.calibration.first_position)
     again = range_tensors(result.model)
     assert found.keys() == again.keys()
     changed = {kind_of(name.rpartition(".")[0]) for name in found if not torch.equal(found[name], again[name])}
